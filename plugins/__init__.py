@@ -1,0 +1,1 @@
+"""The features, each a plugin."""
