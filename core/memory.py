@@ -1,0 +1,312 @@
+"""Encrypted memory: sparse 4 KiB pages, each with the key that its bytes are plaintext under.
+
+DRAM holds ciphertext, but nobody computes it until somebody looks with another key: a page keeps the bytes as its last
+writer sees them, together with that writer's key (`None`: not encrypted). A read with the same key is a slice. A read
+with another key sees what the hardware would give: the page's ciphertext under its own key, decrypted with the
+reader's. Both are one AES-XTS call over the page, and both are kept until the next write.
+
+A write with another key than the page's first turns the page into the writer's view and then changes it there; since
+XTS blocks are independent, the former owner finds exactly the touched 16-byte blocks spoiled.
+
+`reset` puts back the pages written since `mark`: the first write to a page copies it once (copy on write).
+
+Tags say whose data a byte is (`core.buffers` and the oracles use them): one number for a uniform page, a second
+bytearray only where a page holds bytes of several owners. 0 means never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sevlab.core.crypto import ZERO_PAGE, MemoryKey
+from sevlab.core.errors import ConfigError
+from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
+
+TAG_POISON = 0
+"""Never written: whoever reads it reads what was there before."""
+TAG_HYPERVISOR = 1
+TAG_ASP = 2
+TAG_DEVICE = 3
+TAG_PUBLIC = 4
+"""Put into the open on purpose by its owner."""
+TAG_FIRST_GUEST = 16
+
+
+def guest_tag(vm_id: int) -> int:
+    """The tag of guest `vm_id`'s private data; a byte, so that guests more than 240 apart share one."""
+    return TAG_FIRST_GUEST + vm_id % (256 - TAG_FIRST_GUEST)
+
+
+class Page:
+    """One page of DRAM as its last writer sees it."""
+
+    __slots__ = ("cipher", "data", "epoch", "key", "tag", "tags", "view", "view_key")
+
+    def __init__(self, data: bytearray, key: MemoryKey | None, epoch: int, tag: int = TAG_POISON) -> None:
+        self.data = data
+        self.key = key
+        self.epoch = epoch
+        self.tag = tag
+        self.tags: bytearray | None = None
+        self.cipher: bytes | None = None
+        self.view: bytes | None = None
+        self.view_key: MemoryKey | None = None
+
+    def copy(self, epoch: int) -> Page:
+        """A writable copy for sequence `epoch`."""
+        page = Page.__new__(Page)
+        page.data = self.data[:]
+        page.key = self.key
+        page.epoch = epoch
+        page.tag = self.tag
+        page.tags = None if self.tags is None else self.tags[:]
+        page.cipher = page.view = page.view_key = None
+        return page
+
+
+class PageImage(NamedTuple):
+    """Explicit data of one page in a snapshot. `tags` is one byte for a uniform page, else one a byte."""
+
+    key_id: int | None
+    data: bytes
+    tags: bytes
+
+
+class MemoryImage(NamedTuple):
+    """Explicit data of the memory and its keys: `keys` maps a key id to (XTS key, label)."""
+
+    keys: tuple[tuple[int, bytes, str], ...]
+    pages: tuple[tuple[int, PageImage], ...]
+
+
+class Memory:
+    """The DRAM of the machine.
+
+    `size_bytes`: a multiple of 4096, at most 2^52; nothing is allocated until it is written. Accesses past the end
+    read all ones and write nothing, as unclaimed bus addresses do.
+    """
+
+    __slots__ = ("_keys", "_keys_marked", "_saved", "epoch", "key_bits", "pages", "size_bytes")
+
+    def __init__(self, size_bytes: int, *, key_bits: int = 128) -> None:
+        if size_bytes <= 0 or size_bytes & PAGE_MASK or size_bytes > 1 << 52:
+            raise ConfigError(f"memory size {size_bytes}: expected a multiple of 4096 between 4096 and 2^52")
+        self.size_bytes = size_bytes
+        self.key_bits = key_bits
+        self.pages: dict[int, Page] = {}
+        self.epoch = 0
+        self._saved: dict[int, Page | None] = {}
+        self._keys: dict[int, MemoryKey] = {}
+        self._keys_marked = 0
+
+    # Keys -------------------------------------------------------------------------------------------------------
+
+    def install_key(self, xts_key: bytes, label: str) -> MemoryKey:
+        """A new key of the controller; `xts_key` is 2 x 128 or 2 x 256 bits, as the generation has it."""
+        if len(xts_key) * 4 != self.key_bits:
+            raise ConfigError(
+                f"memory key {label!r}: {len(xts_key)} bytes, expected {self.key_bits // 4} (AES-{self.key_bits}-XTS)"
+            )
+        key = MemoryKey(len(self._keys) + 1, xts_key, label)
+        self._keys[key.key_id] = key
+        return key
+
+    def key(self, key_id: int) -> MemoryKey | None:
+        """The key with number `key_id`; 0 is "not encrypted"."""
+        return self._keys[key_id] if key_id else None
+
+    # Bytes ------------------------------------------------------------------------------------------------------
+
+    def read(self, spa: int, length_bytes: int, key: MemoryKey | None) -> bytes:
+        """`length_bytes` bytes at `spa` as a reader with `key` sees them; real garbage if the key is not the page's."""
+        offset = spa & PAGE_MASK
+        end = offset + length_bytes
+        if end <= PAGE_BYTES and 0 <= spa < self.size_bytes:
+            page = self.pages.get(spa >> PAGE_SHIFT)
+            if page is not None and page.key is key:
+                return bytes(page.data[offset:end])
+            return self._view(page, spa >> PAGE_SHIFT, key)[offset:end]
+        return b"".join(
+            self.read(start, count, key) if 0 <= start < self.size_bytes else b"\xff" * count
+            for start, count in split_pages(spa, length_bytes)
+        )
+
+    def write(self, spa: int, data: bytes | bytearray, key: MemoryKey | None, tag: int) -> None:
+        """Store `data` at `spa` as a writer with `key` does; `tag` says whose data it is."""
+        offset = spa & PAGE_MASK
+        length = len(data)
+        if offset + length > PAGE_BYTES or not 0 <= spa < self.size_bytes:
+            done = 0
+            for start, count in split_pages(spa, length):
+                if 0 <= start < self.size_bytes:
+                    self.write(start, data[done : done + count], key, tag)
+                done += count
+            return
+        page = self.writable(spa >> PAGE_SHIFT, key, keep=length != PAGE_BYTES)
+        page.data[offset : offset + length] = data
+        if length == PAGE_BYTES:
+            page.tag = tag
+            page.tags = None
+        elif page.tags is not None:
+            page.tags[offset : offset + length] = bytes((tag,)) * length
+        elif page.tag != tag:
+            page.tags = bytearray((page.tag,)) * PAGE_BYTES
+            page.tags[offset : offset + length] = bytes((tag,)) * length
+
+    def writable(self, pfn: int, key: MemoryKey | None, *, keep: bool = True) -> Page:
+        """Page `pfn` in the view of `key`, ready to be changed in place by the caller (who minds the tags).
+
+        `keep` False says that the caller overwrites all of it, so that no AES is needed to change the view.
+        """
+        page = self.pages.get(pfn)
+        epoch = self.epoch
+        if page is not None and page.epoch == epoch and page.key is key:
+            page.cipher = page.view = None
+            return page
+        if page is None or page.epoch != epoch:
+            if pfn not in self._saved:
+                self._saved[pfn] = page
+            if page is not None and page.key is key:
+                page = page.copy(epoch)
+                self.pages[pfn] = page
+                return page
+        fresh = Page(bytearray(self._view(page, pfn, key)) if keep else bytearray(PAGE_BYTES), key, epoch)
+        if page is not None:
+            fresh.tag = page.tag
+            fresh.tags = None if page.tags is None else page.tags[:]
+        self.pages[pfn] = fresh
+        return fresh
+
+    def _view(self, page: Page | None, pfn: int, key: MemoryKey | None) -> bytes:
+        """The whole page as `key` sees it; at most two AES calls, kept until the next write."""
+        if page is None:
+            return ZERO_PAGE if key is None else key.decrypt_page(pfn, ZERO_PAGE)
+        if page.key is key:
+            return bytes(page.data)
+        if page.view is not None and page.view_key is key:
+            return page.view
+        cipher = self._cipher(page, pfn)
+        view = cipher if key is None else key.decrypt_page(pfn, cipher)
+        page.view = view
+        page.view_key = key
+        return view
+
+    def _cipher(self, page: Page, pfn: int) -> bytes:
+        cipher = page.cipher
+        if cipher is None:
+            cipher = page.cipher = (
+                bytes(page.data) if page.key is None else page.key.encrypt_page(pfn, page.data)
+            )
+        return cipher
+
+    def dram(self, spa: int, length_bytes: int) -> bytes:
+        """What a cold-boot reader finds in the DRAM cells: the ciphertext of encrypted pages."""
+        return self.read(spa, length_bytes, None)
+
+    # Tags -------------------------------------------------------------------------------------------------------
+
+    def tags(self, spa: int, length_bytes: int) -> bytes:
+        """The owner tag of each of `length_bytes` bytes at `spa`."""
+        out = bytearray()
+        for start, count in split_pages(spa, length_bytes):
+            page = self.pages.get(start >> PAGE_SHIFT)
+            offset = start & PAGE_MASK
+            if page is None:
+                out += bytes(count)
+            elif page.tags is None:
+                out += bytes((page.tag,)) * count
+            else:
+                out += page.tags[offset : offset + count]
+        return bytes(out)
+
+    def write_tagged(self, spa: int, data: bytes, key: MemoryKey | None, tags: bytes) -> None:
+        """Store `data`, each byte with its own tag: how a copy carries ownership along."""
+        if len(data) != len(tags):
+            raise ConfigError(f"{len(data)} bytes with {len(tags)} tags: expected one tag a byte")
+        if not data:
+            return
+        if tags.count(tags[0]) == len(tags):
+            self.write(spa, data, key, tags[0])
+            return
+        done = 0
+        for start, count in split_pages(spa, len(data)):
+            piece = tags[done : done + count]
+            self.write(start, data[done : done + count], key, piece[0])
+            page = self.pages.get(start >> PAGE_SHIFT)
+            if page is not None and piece.count(piece[0]) != count:
+                if page.tags is None:
+                    page.tags = bytearray((page.tag,)) * PAGE_BYTES
+                offset = start & PAGE_MASK
+                page.tags[offset : offset + count] = piece
+            done += count
+
+    # Reset and snapshot -----------------------------------------------------------------------------------------
+
+    def mark(self) -> None:
+        """Make the present content what `reset` returns to."""
+        self._saved.clear()
+        self._keys_marked = len(self._keys)
+        self.epoch += 1
+
+    def reset(self) -> None:
+        """Put the pages written since `mark` back."""
+        saved = self._saved
+        if saved:
+            pages = self.pages
+            for pfn, page in saved.items():
+                if page is None:
+                    pages.pop(pfn, None)
+                else:
+                    pages[pfn] = page
+            saved.clear()
+        if len(self._keys) > self._keys_marked:
+            for key_id in [key_id for key_id in self._keys if key_id > self._keys_marked]:
+                del self._keys[key_id]
+
+    @property
+    def dirty_pages(self) -> int:
+        """How many pages were written since `mark`."""
+        return len(self._saved)
+
+    def capture(self) -> MemoryImage:
+        """Explicit data of all pages and keys."""
+        keys = tuple((key.key_id, key.xts_key, key.label) for key in self._keys.values())
+        pages = tuple(
+            (
+                pfn,
+                PageImage(
+                    None if page.key is None else page.key.key_id,
+                    bytes(page.data),
+                    bytes((page.tag,)) if page.tags is None else bytes(page.tags),
+                ),
+            )
+            for pfn, page in sorted(self.pages.items())
+        )
+        return MemoryImage(keys, pages)
+
+    def restore(self, image: MemoryImage) -> None:
+        """Take over the content of `image`; keys that are the same stay the same objects."""
+        kept = self._keys
+        self._keys = {}
+        for key_id, xts_key, label in image.keys:
+            old = kept.get(key_id)
+            same = old is not None and (old.xts_key, old.label) == (xts_key, label)
+            self._keys[key_id] = old if old is not None and same else MemoryKey(key_id, xts_key, label)
+        wanted = dict(image.pages)
+        for pfn in [pfn for pfn in self.pages if pfn not in wanted]:
+            self._saved.setdefault(pfn, self.pages.pop(pfn))
+        for pfn, (owner, data, tags) in image.pages:
+            self._saved.setdefault(pfn, self.pages.get(pfn))
+            page = Page(bytearray(data), None if owner is None else self._keys[owner], self.epoch, tags[0])
+            page.tags = bytearray(tags) if len(tags) > 1 else None
+            self.pages[pfn] = page
+
+
+def split_pages(address: int, length_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, byte count) of each page's part of an access, in order."""
+    while length_bytes > 0:
+        count = min(length_bytes, PAGE_BYTES - (address & PAGE_MASK))
+        yield address, count
+        address += count
+        length_bytes -= count

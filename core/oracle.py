@@ -1,0 +1,108 @@
+"""What fuzzing needs from plugins, as plain data: oracles, targets, canaries, state counters, and the finding sink.
+
+No engine and no campaign here: a plugin brings these without importing `sevlab.fuzz`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from sevlab.core.errors import InvariantViolation
+from sevlab.core.events import Outcome, Party, Record
+
+if TYPE_CHECKING:
+    from sevlab.core.machine import Machine
+
+
+class Finding(NamedTuple):
+    """What an oracle saw. `oracle` and `rule` group findings; `handler` and `state` refine the group."""
+
+    oracle: str
+    rule: str
+    message: str
+    handler: str = ""
+    state: str = ""
+
+
+class Oracle(Protocol):
+    """Looks at a machine at the end of each step and of each sequence, and says what is wrong with it.
+
+    `name` is unique; `documentation` is one paragraph: the rule and its source. Both methods leave the machine as it
+    is and return findings, none when all is well.
+    """
+
+    name: str
+    documentation: str
+
+    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
+        """Judge the machine after one step."""
+
+    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
+        """Judge the machine after a whole test case."""
+
+
+class Target(NamedTuple):
+    """Something to fuzz: who attacks, with which steps, judged by whom.
+
+    `steps` are record kinds, `oracles` names of oracles, `plugins` what the machine is composed of.
+    """
+
+    name: str
+    adversary: Party
+    steps: tuple[str, ...]
+    oracles: tuple[str, ...]
+    plugins: tuple[str, ...]
+    documentation: str = ""
+
+
+class Canary(NamedTuple):
+    """A seeded bug's two counters: `reached` (faulty line ran) and `triggered` (the fault made a difference)."""
+
+    bug: str
+    documentation: str
+    oracle: str
+    """The oracle that must fire."""
+
+
+class StateCounter(NamedTuple):
+    """A counted coordinate of state feedback: `read` gives the present state of one state machine as a short tuple."""
+
+    machine: str
+    read: Callable[[Machine], tuple[str, ...]]
+
+
+class OracleSink:
+    """Turns what an `InvariantViolation` or an oracle says into findings, at the step boundary and nowhere else.
+
+    Attached to a machine by fuzzing and recording. After the first violation the machine is `tainted`: the oracles
+    look once more, and the sequence is over.
+    """
+
+    __slots__ = ("findings", "oracles", "tainted")
+
+    def __init__(self, oracles: tuple[Oracle, ...] = ()) -> None:
+        self.oracles = oracles
+        self.findings: list[Finding] = []
+        self.tainted = False
+
+    def begin(self) -> None:
+        """Start a sequence on a clean machine."""
+        self.findings = []
+        self.tainted = False
+
+    def violation(self, error: InvariantViolation, step: Record) -> None:
+        """Take a violation that ended a step."""
+        self.findings.append(Finding("invariant", error.rule, error.message, step.SPEC.kind))
+        self.tainted = True
+
+    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> None:
+        """Let every oracle look; none stops the others."""
+        for oracle in self.oracles:
+            self.findings += oracle.step_end(machine, step, outcome)
+
+    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
+        """Let every oracle look at the end; returns all findings of the sequence."""
+        for oracle in self.oracles:
+            self.findings += oracle.sequence_end(machine)
+        return tuple(self.findings)
