@@ -198,7 +198,12 @@ class SharedBuffer:
         self.tag = tag
         self._offset = spa & PAGE_MASK
         self._pfn = spa >> PAGE_SHIFT
-        self._one_page = self._offset + size <= PAGE_BYTES and spa + size <= self._memory.size_bytes
+        # The short cut below reads the page itself, so it is for plain memory only: modelled caches stand before it.
+        self._one_page = (
+            type(self._memory) is Memory
+            and self._offset + size <= PAGE_BYTES
+            and spa + size <= self._memory.size_bytes
+        )
 
     def read(self, offset: int, length_bytes: int) -> bytes:
         """`length_bytes` bytes from `offset`: one counted fetch."""

@@ -291,7 +291,7 @@ def vmrun(machine: Machine, vcpu: Vcpu) -> bool:
     A failed entry is a #VMEXIT with code INVALID and changes nothing in the guest. Source: spec 24593, 15.5.1.
     """
     vmcb = vcpu.vmcb
-    failure = ExitCode.INVALID if not vmcb.guest_asid else None
+    failure: int | None = ExitCode.INVALID if not vmcb.guest_asid else None
     if failure is None and machine.slots.vmrun_enter is not None:
         failure = machine.slots.vmrun_enter(machine, vcpu)
     if failure is not None:

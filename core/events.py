@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum, IntEnum, IntFlag
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from sevlab.core.errors import PluginError, TraceFormatError
 from sevlab.core.units import MASK64
@@ -68,12 +68,13 @@ class RecordSpec(NamedTuple):
     fields: tuple[FieldSpec, ...]
 
 
-class Record(Protocol):
-    """What every record class has besides its fields."""
+Record: TypeAlias = tuple[Any, ...]
+"""A value of a class made with `@step` or `@outcome`; `spec_of` gives its declaration."""
 
-    SPEC: ClassVar[RecordSpec]
 
-    def _asdict(self) -> dict[str, Any]: ...
+def spec_of(record: Record | type) -> RecordSpec:
+    """The declaration of a record or of a record class."""
+    return cast("RecordSpec", record.SPEC)  # type: ignore[union-attr]  # set by the decorators
 
 
 R = TypeVar("R", bound=type)
@@ -472,7 +473,7 @@ class Vocabulary:
 
     def encode(self, record: Record) -> list[Any]:
         """The msgpack array of `record`: its kind and its fields."""
-        return [record.SPEC.kind, *cast("tuple[Any, ...]", record)]
+        return [spec_of(record).kind, *record]
 
     def decode(self, array: Any, *, where: str = "record") -> Record:
         """The record of a msgpack array.
@@ -485,7 +486,7 @@ class Vocabulary:
         cls = self.kinds.get(kind)
         if cls is None:
             raise TraceFormatError(f"{where}: unknown record kind {kind!r:.80}; is a plugin missing?")
-        spec: RecordSpec = cls.SPEC  # type: ignore[attr-defined]
+        spec = spec_of(cls)
         if len(values) != len(spec.fields):
             raise TraceFormatError(f"{where}: {kind} has {len(values)} fields, expected {len(spec.fields)}")
         for index, (field, value) in enumerate(zip(spec.fields, values, strict=True)):

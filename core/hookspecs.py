@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sevlab.core.cliapi import Capability, CommandSpec, DemoChapter
     from sevlab.core.config import Option
     from sevlab.core.layout import Layout
-    from sevlab.core.machine import Builder
+    from sevlab.core.builder import PluginBuilder
     from sevlab.core.oracle import Canary, Oracle, StateCounter, Target
     from sevlab.core.statemachine import StateMachine
 
@@ -25,7 +25,7 @@ hookimpl = pluggy.HookimplMarker("sevlab")
 
 
 @hookspec
-def sevlab_register(builder: Builder) -> None:
+def sevlab_register(builder: PluginBuilder) -> None:
     """Register handlers, state, slots and observers for one machine that is being composed."""
 
 

@@ -16,8 +16,8 @@ bytearray only where a page holds bytes of several owners. 0 means never written
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from sevlab.core.crypto import ZERO_PAGE, MemoryKey
 from sevlab.core.errors import ConfigError
@@ -78,6 +78,8 @@ class MemoryImage(NamedTuple):
 
     keys: tuple[tuple[int, bytes, str], ...]
     pages: tuple[tuple[int, PageImage], ...]
+    cache: tuple[Any, ...] = ()
+    """Lines that are not written back yet; empty unless the caches are modelled."""
 
 
 class Memory:
@@ -87,7 +89,16 @@ class Memory:
     read all ones and write nothing, as unclaimed bus addresses do.
     """
 
-    __slots__ = ("_keys", "_keys_marked", "_saved", "epoch", "key_bits", "pages", "size_bytes")
+    __slots__ = (
+        "_keys",
+        "_keys_marked",
+        "_saved",
+        "epoch",
+        "key_bits",
+        "page_owner_changed",
+        "pages",
+        "size_bytes",
+    )
 
     def __init__(self, size_bytes: int, *, key_bits: int = 128) -> None:
         if size_bytes <= 0 or size_bytes & PAGE_MASK or size_bytes > 1 << 52:
@@ -99,6 +110,8 @@ class Memory:
         self._saved: dict[int, Page | None] = {}
         self._keys: dict[int, MemoryKey] = {}
         self._keys_marked = 0
+        self.page_owner_changed: Callable[[int, MemoryKey | None, MemoryKey | None], None] | None = None
+        """Slot: told when a page is written under another key than before."""
 
     # Keys -------------------------------------------------------------------------------------------------------
 
@@ -172,10 +185,14 @@ class Memory:
                 self.pages[pfn] = page
                 return page
         fresh = Page(bytearray(self._view(page, pfn, key)) if keep else bytearray(PAGE_BYTES), key, epoch)
+        old_key = None
         if page is not None:
             fresh.tag = page.tag
             fresh.tags = None if page.tags is None else page.tags[:]
+            old_key = page.key
         self.pages[pfn] = fresh
+        if self.page_owner_changed is not None and old_key is not key:
+            self.page_owner_changed(pfn, old_key, key)
         return fresh
 
     def _view(self, page: Page | None, pfn: int, key: MemoryKey | None) -> bytes:
@@ -240,6 +257,17 @@ class Memory:
                 offset = start & PAGE_MASK
                 page.tags[offset : offset + count] = piece
             done += count
+
+    # Caches: done at once here, modelled by `core.caches` -----------------------------------------------------
+
+    def write_back_all(self) -> None:
+        """WBINVD: nothing is held back, so there is nothing to do."""
+
+    def drop_all(self) -> None:
+        """INVD: nothing is held back, so there is nothing to lose."""
+
+    def flush_page(self, spa: int) -> None:
+        """CLFLUSH or VM_PAGE_FLUSH of the page at `spa`."""
 
     # Reset and snapshot -----------------------------------------------------------------------------------------
 

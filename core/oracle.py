@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sevlab.core.errors import InvariantViolation
-from sevlab.core.events import Outcome, Party, Record
+from sevlab.core.events import Outcome, Party, Record, spec_of
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
@@ -93,7 +93,7 @@ class OracleSink:
 
     def violation(self, error: InvariantViolation, step: Record) -> None:
         """Take a violation that ended a step."""
-        self.findings.append(Finding("invariant", error.rule, error.message, step.SPEC.kind))
+        self.findings.append(Finding("invariant", error.rule, error.message, spec_of(step).kind))
         self.tainted = True
 
     def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> None:
