@@ -255,15 +255,15 @@ class Access:
     def guest_physical_read(self, vcpu: Vcpu, gpa: int, length_bytes: int, *, c_bit: bool) -> bytes:
         """`length_bytes` bytes at guest-physical `gpa`, reached with or without the C-bit."""
         kind = AccessKind.PRIVATE if c_bit else AccessKind.READ
-        places = [
-            (self.guest_physical(vcpu, start, kind), count) for start, count in split_pages(gpa, length_bytes)
-        ]
+        places = [(self.guest_physical(vcpu, start, kind), count) for start, count in split_pages(gpa, length_bytes)]
         return b"".join(self._memory.read(place.spa, count, place.key) for place, count in places)
 
     def guest_physical_write(self, vcpu: Vcpu, gpa: int, data: bytes, *, c_bit: bool) -> None:
         """Store `data` at guest-physical `gpa`, reached with or without the C-bit."""
         kind = AccessKind.WRITE | (AccessKind.PRIVATE if c_bit else 0)
-        self._store([(self.guest_physical(vcpu, start, kind), count) for start, count in split_pages(gpa, len(data))], data)
+        self._store(
+            [(self.guest_physical(vcpu, start, kind), count) for start, count in split_pages(gpa, len(data))], data
+        )
 
     def _store(self, places: list[tuple[Place, int]], data: bytes) -> None:
         done = 0

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.events import AspStatus
-from sevlab.core.state import Stateful, StateDict, new
+from sevlab.core.state import StateDict, Stateful, new
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine

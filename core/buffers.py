@@ -200,9 +200,7 @@ class SharedBuffer:
         self._pfn = spa >> PAGE_SHIFT
         # The short cut below reads the page itself, so it is for plain memory only: modelled caches stand before it.
         self._one_page = (
-            type(self._memory) is Memory
-            and self._offset + size <= PAGE_BYTES
-            and spa + size <= self._memory.size_bytes
+            type(self._memory) is Memory and self._offset + size <= PAGE_BYTES and spa + size <= self._memory.size_bytes
         )
 
     def read(self, offset: int, length_bytes: int) -> bytes:

@@ -7,6 +7,7 @@ this module is touched again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sevlab.core import asp
@@ -15,9 +16,10 @@ from sevlab.core.cpu import Vcpu
 from sevlab.core.crypto import MemoryKey
 from sevlab.core.dispatch import Registrar, Registry
 from sevlab.core.errors import ConfigError, PluginError
-from sevlab.core.events import CpuExit, Fault, Outcome, Record
-from sevlab.core.state import Stateful, StateDict
+from sevlab.core.events import CpuExit, Fault
+from sevlab.core.state import StateDict, Stateful
 from sevlab.core.svm import exit_name
+from sevlab.core.vocabulary import Outcome, Record
 
 if TYPE_CHECKING:
     from sevlab.core.access import Actor
@@ -83,7 +85,7 @@ class Slots:
     - `access_check(actor, spa, gpa, kind) -> Fault | None`: may this access happen (RMP); `gpa` -1: none
     - `key_of(asid, c_bit) -> MemoryKey | None`: the key of an access, None for plaintext
     - `vmrun_enter(machine, vcpu) -> exit code | None`: refuse a VMRUN, or load encrypted state
-    - `vmrun_exit(machine, vcpu, exit) -> exit | None`: what the hypervisor sees of an exit; None: nothing, it became #VC
+    - `vmrun_exit(machine, vcpu, exit) -> exit | None`: what the hypervisor sees; None: nothing, it became #VC
     - `page_owner_changed(pfn, old key, new key)`: a page is written under another key than before
     - `inject_filter(machine, vcpu, event) -> event`: which event the guest gets (EVENTINJ word, 0: none)
     - `cpuid_filter(machine, vcpu, leaf, subleaf, registers) -> registers`: last word on a CPUID answer
@@ -158,7 +160,7 @@ class Builder:
     def freeze(self) -> Tables:
         """Make the tables. Raises `PluginError` for overlapping windows and replacements of nothing."""
         windows = sorted(self.mmio.entries().values(), key=lambda entry: entry.handler.gpa)
-        for below, above in zip(windows, windows[1:], strict=False):
+        for below, above in pairwise(windows):
             if below.handler.gpa + below.handler.length_bytes > above.handler.gpa:
                 raise PluginError(
                     f"MMIO windows overlap: {below.handler.gpa:#x} of plugin {below.plugin!r}"

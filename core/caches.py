@@ -124,9 +124,7 @@ class CachedMemory(Memory):
 
     def capture(self) -> MemoryImage:
         """Explicit data of all pages, keys and lines."""
-        lines = tuple(
-            (number, 0 if key is None else key.key_id, *line) for (number, key), line in self._lines.items()
-        )
+        lines = tuple((number, 0 if key is None else key.key_id, *line) for (number, key), line in self._lines.items())
         return super().capture()._replace(cache=lines)
 
     def restore(self, image: MemoryImage) -> None:

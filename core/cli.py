@@ -9,7 +9,6 @@ from importlib import metadata
 from typing import Any
 
 import click
-
 from sevlab.core.cliapi import CommandSpec, resolve
 from sevlab.core.errors import ConfigError, InvariantViolation, PluginError, SevlabError
 
@@ -17,15 +16,17 @@ BUILT_IN: tuple[CommandSpec, ...] = (
     CommandSpec("demo", "Show what the model does, chapter by chapter", "sevlab.core.commands.demo:demo"),
     CommandSpec("doctor", "Check what is installed and works", "sevlab.core.commands.doctor:doctor"),
     CommandSpec("list", "List the installed plugins", "sevlab.core.commands.plugins:list_", "plugins"),
-    CommandSpec("show", "Show one plugin: hooks, options, what it handles", "sevlab.core.commands.plugins:show", "plugins"),
+    CommandSpec(
+        "show", "Show one plugin: hooks, options, what it handles", "sevlab.core.commands.plugins:show", "plugins"
+    ),
     CommandSpec("new", "Write a working plugin package to start from", "sevlab.core.commands.plugins:new", "plugins"),
 )
 
 EXIT_USER_ERROR = 2
 EXIT_INVARIANT = 3
 
-EPILOG = """Exit codes: 0 done, 1 the answer is no (a check failed, a capability is missing), 2 the input cannot be used,
-3 the model broke one of its own rules (please report it)."""
+EPILOG = """Exit codes: 0 done, 1 the answer is no (a check failed, a capability is missing),
+2 the input cannot be used, 3 the model broke one of its own rules (please report it)."""
 
 
 class LazyGroup(click.Group):

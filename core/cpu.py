@@ -29,7 +29,7 @@ CONTROL_SEV_ES = 1 << 2
 """Bits of the VMCB word at 090h."""
 
 
-class FaultUnwind(Exception):  # noqa: N818  # not an error: the way out of the middle of an instruction
+class FaultUnwind(Exception):  # not an error: the way out of the middle of an instruction
     """Carries a `Fault` out of the middle of an access; caught in this package, never seen outside."""
 
     def __init__(self, fault: Fault) -> None:

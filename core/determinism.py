@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 
 from sevlab.core.errors import ConfigError
-from sevlab.core.state import Stateful, StateDict, new
+from sevlab.core.state import StateDict, Stateful, new
 
 TSC_HZ = 2_000_000_000
 """Ticks of the virtual time-stamp counter per virtual second; a round number of ours, not of any part."""

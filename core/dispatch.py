@@ -46,7 +46,8 @@ class Registry(Generic[K, H]):
         owner = self._entries.get(key)
         if owner is not None:
             raise PluginError(
-                f"{self.what} {self.show(key)} is registered twice: by plugin {owner.plugin!r} and by plugin {plugin!r};"
+                f"{self.what} {self.show(key)} is registered twice:"
+                f" by plugin {owner.plugin!r} and by plugin {plugin!r};"
                 " a plugin that means to change another's handler uses replace"
             )
         self._entries[key] = Entry(handler, plugin)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 class Generation(NamedTuple):
     """`key_bits`: AES key size of memory encryption; `c_bit`: its position; `lost_bits`: physical address bits that
     encryption takes away; `physical_bits`: width before that; `max_asid`: encrypted guests at a time; `vmpls`: number
-    of VMPLs (0: no SNP); `asp_device`: PCI device id of the ASP; `coherent`: CPUID Fn8000_001F EAX[10]."""
+    of VMPLs (0: no SNP); `asp_device`: PCI device id of the ASP; `coherent`: CPUID Fn8000_001F EAX[10].
+    """
 
     name: str
     key_bits: int

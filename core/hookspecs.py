@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from sevlab.core.builder import PluginBuilder
     from sevlab.core.cliapi import Capability, CommandSpec, DemoChapter
     from sevlab.core.config import Option
     from sevlab.core.layout import Layout
-    from sevlab.core.builder import PluginBuilder
     from sevlab.core.oracle import Canary, Oracle, StateCounter, Target
     from sevlab.core.statemachine import StateMachine
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.cpu import Vcpu, vmrun
 from sevlab.core.events import CpuExit, Stopped, Unhandled
-from sevlab.core.state import Stateful, StateDict, new
+from sevlab.core.state import StateDict, Stateful, new
 from sevlab.core.svm import exit_name
 from sevlab.core.units import PAGE_BYTES
 

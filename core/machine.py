@@ -19,13 +19,14 @@ from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.core.cpu import Vcpu
 from sevlab.core.determinism import Clock, Entropy
 from sevlab.core.errors import ConfigError, InvariantViolation, PluginError
-from sevlab.core.events import KERNEL_RECORDS, Outcome, Race, Record, Refused, Vocabulary, spec_of
+from sevlab.core.events import KERNEL_RECORDS, Race, Refused
 from sevlab.core.guests import create_guest
 from sevlab.core.hypervisor import Hypervisor, Vm
 from sevlab.core.memory import Memory, MemoryImage
 from sevlab.core.oracle import OracleSink
 from sevlab.core.plugins import PluginSet, load
-from sevlab.core.state import Journal, Stateful, StateDict, StateImage, capture, restore
+from sevlab.core.state import Journal, StateDict, Stateful, StateImage, capture, restore
+from sevlab.core.vocabulary import Outcome, Record, Vocabulary, spec_of
 
 KERNEL = "core"
 """The name under which the kernel itself registers."""

@@ -212,9 +212,7 @@ class Memory:
     def _cipher(self, page: Page, pfn: int) -> bytes:
         cipher = page.cipher
         if cipher is None:
-            cipher = page.cipher = (
-                bytes(page.data) if page.key is None else page.key.encrypt_page(pfn, page.data)
-            )
+            cipher = page.cipher = bytes(page.data) if page.key is None else page.key.encrypt_page(pfn, page.data)
         return cipher
 
     def dram(self, spa: int, length_bytes: int) -> bytes:

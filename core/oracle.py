@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sevlab.core.errors import InvariantViolation
-from sevlab.core.events import Outcome, Party, Record, spec_of
+from sevlab.core.events import Party
+from sevlab.core.vocabulary import Outcome, Record, spec_of
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine

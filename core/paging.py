@@ -124,7 +124,9 @@ def markdown_table() -> str:
     """The modes and levels as a table for documentation."""
     lines = ["| Mode | Entry bytes | Levels (index bits) | Large pages |", "| --- | --- | --- | --- |"]
     for mode in MODES:
-        levels = ", ".join(f"{level.name} [{level.shift + level.index_bits - 1}:{level.shift}]" for level in mode.levels)
+        levels = ", ".join(
+            f"{level.name} [{level.shift + level.index_bits - 1}:{level.shift}]" for level in mode.levels
+        )
         large = ", ".join(f"{1 << level.shift - 20} MiB" for level in mode.levels if level.large)
         lines.append(f"| {mode.name} | {mode.entry_bytes} | {levels} | {large} |")
     return "\n".join(lines)
@@ -205,7 +207,7 @@ def paging_context(
         write_protect=bool(cr0 & CR0_WP),
         smep=bool(cr4 & CR4_SMEP),
         smap=bool(cr4 & CR4_SMAP),
-        reports_fetch=nxe and bool(cr4 & CR4_PAE) or bool(cr4 & CR4_SMEP),
+        reports_fetch=(nxe and bool(cr4 & CR4_PAE)) or bool(cr4 & CR4_SMEP),
         canonical_shift=0 if mode is None else mode.linear_bits - 1,
     )
 
@@ -221,8 +223,8 @@ def walk(
     mode = context.mode
     if mode is None:
         gpa = gva & MASK32
-        return Translation(gpa, bool(context.c_bit_mask), 4096, True, True, False, False, ())  # noqa: FBT003
-    if mode.linear_bits == 32:  # noqa: PLR2004  # linear addresses of 32 bits wrap
+        return Translation(gpa, bool(context.c_bit_mask), 4096, True, True, False, False, ())
+    if mode.linear_bits == 32:  # linear addresses of 32 bits wrap
         gva &= MASK32
     elif gva >> context.canonical_shift not in (0, (1 << 64 - context.canonical_shift) - 1):
         return NonCanonical(gva)
@@ -245,7 +247,7 @@ def walk(
         if level.permissions:
             writable = writable and bool(entry & WRITABLE)
             user = user and bool(entry & USER)
-            no_execute = no_execute or bool(width == 8 and entry & NO_EXECUTE)  # noqa: PLR2004  # 64-bit entries
+            no_execute = no_execute or bool(width == 8 and entry & NO_EXECUTE)  # 64-bit entries
             path.append((entry_gpa, entry))
         if large or level.shift == mode.levels[-1].shift:
             return _leaf(context, level, gva, access, error, _Rights(writable, user, no_execute), path)
@@ -283,7 +285,7 @@ def _leaf(
     entry = path[-1][1]
     width = 4 if context.mode is LEGACY else 8
     base = entry & context.address_mask
-    if context.mode is LEGACY and page_bytes > 4096:  # noqa: PLR2004  # PSE-36 puts bits 39:32 into 20:13
+    if context.mode is LEGACY and page_bytes > 4096:  # PSE-36 puts bits 39:32 into 20:13
         base |= (entry >> 13 & 0xFF) << 32
     bits_to_set = ACCESSED | (DIRTY if access & WalkAccess.WRITE else 0)
     updates = tuple((gpa, width, value | ACCESSED) for gpa, value in path[:-1] if not value & ACCESSED)

@@ -19,7 +19,6 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import pluggy
-
 from sevlab.core import hookspecs
 from sevlab.core.errors import PluginError
 

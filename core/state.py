@@ -50,16 +50,16 @@ class Journal:
     def reset(self) -> None:
         """Put every object that changed since `mark` back to its value then."""
         for item in self.changed:
-            item._rewind()  # noqa: SLF001  # one module, one mechanism
+            item._rewind()  # one module, one mechanism
         self.changed.clear()
 
 
 def _adopt(item: Any, journal: Journal) -> None:
     """Turn `item` and everything below it clean."""
     if isinstance(item, (Stateful, StateDict)):
-        for child in item._children():  # noqa: SLF001
+        for child in item._children():
             _adopt(child, journal)
-        item._clean(journal)  # noqa: SLF001
+        item._clean(journal)
     elif isinstance(item, tuple):
         for child in item:
             _adopt(child, journal)
@@ -229,7 +229,7 @@ def _journaling(name: str) -> Callable[..., Any]:
     plain = getattr(dict, name)
 
     def method(self: StateDict[Any, Any], *args: Any, **kwargs: Any) -> Any:
-        self._note()  # noqa: SLF001
+        self._note()
         return plain(self, *args, **kwargs)
 
     method.__name__ = name
@@ -254,7 +254,7 @@ class _CleanStateDict(StateDict[K, V]):
 def capture(item: Any) -> Any:
     """The value of `item` as explicit immutable data: `StateImage` for objects and containers, itself otherwise."""
     if isinstance(item, Stateful):
-        return StateImage(item._raw_class, tuple(capture(getattr(item, name)) for name in item.FIELDS))  # noqa: SLF001
+        return StateImage(item._raw_class, tuple(capture(getattr(item, name)) for name in item.FIELDS))
     if isinstance(item, StateDict):
         return StateImage(StateDict, tuple((key, capture(value)) for key, value in item.items()))
     if type(item) is tuple:

@@ -61,7 +61,9 @@ class StateMachine(Generic[S, M, R]):
             raise PluginError(f"state machine {name!r}: the initial state {initial!r} has no row")
         for (state, message), target in self._flat.items():
             if target not in self.table:
-                raise PluginError(f"state machine {name!r}: {state!r} on {message!r} leads to {target!r}, which has no row")
+                raise PluginError(
+                    f"state machine {name!r}: {state!r} on {message!r} leads to {target!r}, which has no row"
+                )
         for kind, members in (("state", self.states), ("message", self.messages)):
             if len({type(member) for member in members}) > 1:
                 raise PluginError(f"state machine {name!r}: the {kind}s come from more than one enumeration")
@@ -106,7 +108,9 @@ class StateMachine(Generic[S, M, R]):
         for (state, message), target in self._flat.items():
             arrows.setdefault((state, target), []).append(message.name)
         lines = ["stateDiagram-v2", f"    [*] --> {self.initial.name}"]
-        lines += [f"    {state.name} --> {target.name}: {', '.join(names)}" for (state, target), names in arrows.items()]
+        lines += [
+            f"    {state.name} --> {target.name}: {', '.join(names)}" for (state, target), names in arrows.items()
+        ]
         return "\n".join(lines)
 
     def markdown_table(self) -> str:

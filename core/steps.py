@@ -81,7 +81,7 @@ def set_registers(machine: Machine, step: ev.SetRegisters) -> None:
     if vcpu is None:
         return
     for pair in step.values:
-        if len(pair) != 2 or pair[0] not in SETTABLE_REGISTERS + SETTABLE_SYSTEM_REGISTERS:  # noqa: PLR2004  # a pair
+        if len(pair) != 2 or pair[0] not in SETTABLE_REGISTERS + SETTABLE_SYSTEM_REGISTERS:  # a pair
             machine.emit(ev.Refused(f"no register {pair!r:.60}"))
             return
         if not isinstance(pair[1], int) or not 0 <= pair[1] <= MASK64:
@@ -254,4 +254,3 @@ def schedule(machine: Machine, _step: ev.Schedule) -> None:
         return
     machine.emit(ev.Scheduled(vcpu.vcpu_id))
     machine.hypervisor.enter(machine, vcpu)
-

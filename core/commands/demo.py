@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import click
-
 from sevlab.core import plugins
 from sevlab.core.cli import echo_json
 from sevlab.core.cliapi import DemoChapter, resolve
@@ -14,11 +13,7 @@ from sevlab.core.errors import ConfigError
 
 def chapters() -> tuple[DemoChapter, ...]:
     """All chapters of the installed plugins in their order."""
-    found = [
-        chapter
-        for brought in plugins.load_all().call("sevlab_demo_chapters").values()
-        for chapter in brought
-    ]
+    found = [chapter for brought in plugins.load_all().call("sevlab_demo_chapters").values() for chapter in brought]
     return tuple(sorted(found, key=lambda chapter: (chapter.order, chapter.name)))
 
 

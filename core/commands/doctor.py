@@ -8,7 +8,6 @@ from importlib import metadata
 from typing import NamedTuple
 
 import click
-
 from sevlab.core import plugins
 from sevlab.core.cli import echo_json
 from sevlab.core.cliapi import Capability
@@ -73,7 +72,9 @@ def report() -> list[Diagnosis]:
         capabilities += brought
     rows = [examine(capability) for capability in capabilities]
     rows += [
-        Diagnosis(f"plugin {plugin.name}", "present", f"{plugin.distribution} {plugin.version}".strip(), plugin.summary, False)
+        Diagnosis(
+            f"plugin {plugin.name}", "present", f"{plugin.distribution} {plugin.version}".strip(), plugin.summary, False
+        )
         for plugin in loaded.plugins
     ]
     return rows

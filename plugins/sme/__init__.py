@@ -4,7 +4,8 @@ Documents: 24593 (APM volume 2) revision 3.42, section 7.10; Linux arch/x86/mm/m
 procedure that encrypts memory in place.
 
 What you may touch: `SysCfg` (the SYSCFG register), `encrypt_in_place` and `decrypt_in_place` (the procedure as a
-driver does it, step by step). The plugin owns the slot `key_of` for the host; `sev` builds on `SmeState.host_key`.
+driver does it, step by step), `install_key` and `remove_key` (the memory controller's key slots, which features that
+encrypt guests fill). The plugin owns the slot `key_of`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.sme.handlers import register
+from sevlab.plugins.sme.handlers import install_key, register, remove_key
 from sevlab.plugins.sme.inplace import decrypt_in_place, encrypt_in_place
 from sevlab.plugins.sme.layout import SYSCFG, SmeCpuid, SysCfg
 from sevlab.plugins.sme.states import PAGE_IN_PLACE, SmeState, sme_state
@@ -36,6 +37,8 @@ __all__ = [
     "SysCfg",
     "decrypt_in_place",
     "encrypt_in_place",
+    "install_key",
+    "remove_key",
     "sme_state",
 ]
 
@@ -63,5 +66,10 @@ def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
 @hookimpl
 def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
     return (
-        DemoChapter("sme", "SME: a page encrypted in place, and what each side sees of it", 10, "sevlab.plugins.sme.demo:chapter"),
+        DemoChapter(
+            "sme",
+            "SME: a page encrypted in place, and what each side sees of it",
+            10,
+            "sevlab.plugins.sme.demo:chapter",
+        ),
     )

@@ -19,9 +19,9 @@ def chapter(say: Callable[[str], object]) -> None:
     machine = Machine(MachineConfig(plugins=("sme",), memory_bytes=1 << 40))
     part = machine.config.part
     say(f"   A {part.name} with 1 TiB of memory, C-bit {part.c_bit}, AES-{part.key_bits}: nothing is stored yet")
-    machine.apply(MemoryWrite(Party.HYPERVISOR, 0, Space.SPA, PAGE_SPA, False, SECRET.ljust(4096, b".")))  # noqa: FBT003
+    machine.apply(MemoryWrite(Party.HYPERVISOR, 0, Space.SPA, PAGE_SPA, False, SECRET.ljust(4096, b".")))
     _show(machine, say, "before")
-    machine.apply(HostMsr(SYSCFG, True, MEM_ENCRYPTION_MOD_EN))  # noqa: FBT003
+    machine.apply(HostMsr(SYSCFG, True, MEM_ENCRYPTION_MOD_EN))
     say("\n   WRMSR SYSCFG.MemEncryptionModEn = 1, then for the page: flush, copy out with C=0, copy in with C=1\n")
     encrypt_in_place(machine, PAGE_SPA)
     _show(machine, say, "after ")
@@ -33,16 +33,17 @@ def chapter(say: Callable[[str], object]) -> None:
 
 def _show(machine: Machine, say: Callable[[str], object], when: str) -> None:
     views = (
-        ("host, C=1", machine.apply(MemoryRead(Party.HYPERVISOR, 0, Space.SPA, PAGE_SPA, True, 32))),  # noqa: FBT003
-        ("host, C=0", machine.apply(MemoryRead(Party.HYPERVISOR, 0, Space.SPA, PAGE_SPA, False, 32))),  # noqa: FBT003
-        ("device DMA", machine.apply(MemoryRead(Party.DMA, 0, Space.SPA, PAGE_SPA, False, 32))),  # noqa: FBT003
+        ("host, C=1", machine.apply(MemoryRead(Party.HYPERVISOR, 0, Space.SPA, PAGE_SPA, True, 32))),
+        ("host, C=0", machine.apply(MemoryRead(Party.HYPERVISOR, 0, Space.SPA, PAGE_SPA, False, 32))),
+        ("device DMA", machine.apply(MemoryRead(Party.DMA, 0, Space.SPA, PAGE_SPA, False, 32))),
     )
     for who, outcome in views:
         data = outcome.first(Data)
         if data is not None:
             say(f"   {when}  {who:<10}  {data.data.hex(' ', 4)}  {_text(data.data)}")
-    say(f"   {when}  DRAM cells  {machine.memory.dram(PAGE_SPA, 32).hex(' ', 4)}  {_text(machine.memory.dram(PAGE_SPA, 32))}")
+    cells = machine.memory.dram(PAGE_SPA, 32)
+    say(f"   {when}  DRAM cells  {cells.hex(' ', 4)}  {_text(cells)}")
 
 
 def _text(data: bytes) -> str:
-    return "".join(chr(byte) if 32 <= byte < 127 else "·" for byte in data)  # noqa: PLR2004  # printable ASCII
+    return "".join(chr(byte) if 32 <= byte < 127 else "·" for byte in data)  # printable ASCII

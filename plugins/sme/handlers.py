@@ -27,22 +27,32 @@ def register(builder: PluginBuilder) -> None:
     builder.component(state)
     builder.host_msrs.add(SYSCFG, Msr(read_syscfg, write_syscfg))
     leaf = SmeCpuid.from_bytes(
-        SmeCpuid.build(
-            sme=1, coherent=int(part.coherent), c_bit_position=part.c_bit, lost_physical_bits=part.lost_bits
-        )
+        SmeCpuid.build(sme=1, coherent=int(part.coherent), c_bit_position=part.c_bit, lost_physical_bits=part.lost_bits)
     ).to_bytes()
     eax, ebx = int.from_bytes(leaf[:4], "little"), int.from_bytes(leaf[4:8], "little")
     builder.cpuid_bits(CPUID_ENCRYPTION, eax=eax, ebx=ebx)
     builder.at_boot(make_key)
-    keys = HostKey()
-    builder.at_boot(keys.attach)
-    builder.slot("key_of", keys)
+    slots = KeySlots()
+    builder.at_boot(slots.attach)
+    builder.slot("key_of", slots)
 
 
 def make_key(machine: Machine) -> None:
     """At reset the ASP makes the key of ASID 0 from its random source; no software sees it. Source: 24593, 7.10.1."""
     xts_key = machine.entropy.take("sme.host-key", machine.memory.key_bits // 4)
-    sme_state(machine).host_key = machine.memory.install_key(xts_key, "SME host key").key_id
+    install_key(machine, HOST_ASID, xts_key, "SME host key")
+
+
+def install_key(machine: Machine, asid: int, xts_key: bytes, label: str) -> MemoryKey:
+    """Put a new key into the slot of `asid`; what the old one encrypted stays behind as ciphertext."""
+    key = machine.memory.install_key(xts_key, label)
+    sme_state(machine).keys[asid] = key.key_id
+    return key
+
+
+def remove_key(machine: Machine, asid: int) -> None:
+    """Empty the slot of `asid`: its accesses are plaintext from now on."""
+    sme_state(machine).keys.pop(asid, None)
 
 
 def read_syscfg(machine: Machine, _vcpu: Vcpu | None, _msr: int) -> int:
@@ -60,8 +70,11 @@ def write_syscfg(machine: Machine, _vcpu: Vcpu | None, _msr: int, value: int) ->
     return None
 
 
-class HostKey:
-    """The slot `key_of` while only the host has a key; `sev` replaces it by one that knows the guests' keys."""
+class KeySlots:
+    """The slot `key_of`: the memory controller's look-up of a key by ASID.
+
+    While MemEncryptionModEn is clear, no access is encrypted. Source: 24593, 7.10.2 and 15.34.2.
+    """
 
     __slots__ = ("_machine",)
 
@@ -73,9 +86,11 @@ class HostKey:
         self._machine = machine
 
     def __call__(self, asid: int, c_bit: bool) -> MemoryKey | None:  # noqa: FBT001  # the slot's signature
-        """The host's key for a C=1 access of ASID 0 while encryption is on; everything else is plaintext."""
+        """The key in the slot of `asid` for a C=1 access while encryption is on, else None: plaintext."""
         machine = self._machine
-        if not c_bit or asid != HOST_ASID or machine is None:
+        if not c_bit or machine is None:
             return None
         state = sme_state(machine)
-        return machine.memory.key(state.host_key) if state.syscfg & MEM_ENCRYPTION_MOD_EN else None
+        if not state.syscfg & MEM_ENCRYPTION_MOD_EN:
+            return None
+        return machine.memory.key(state.keys.get(asid, 0))

@@ -12,8 +12,8 @@ from sevlab.plugins.sme.states import PAGE_IN_PLACE, PageAction, PageView
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sevlab.core.events import Record
     from sevlab.core.machine import Machine
+    from sevlab.core.vocabulary import Record
 
 
 def encrypt_in_place(machine: Machine, spa: int, length_bytes: int = PAGE_BYTES) -> None:

@@ -18,7 +18,9 @@ class SysCfg(Layout, size=8):
     mtrr_var_dram_en = flag(0, u64, 20, source="24593, 7.9.2")
     mtrr_tom2_en = flag(0, u64, 21, source="24593, 7.9.4")
     tom2_force_mem_type_wb = flag(0, u64, 22, source="24593, 7.9.4")
-    mem_encryption_mod_en = flag(0, u64, 23, doc="1: the C-bit means encryption; stays set until reset", source="24593, 7.10.2")
+    mem_encryption_mod_en = flag(
+        0, u64, 23, doc="1: the C-bit means encryption; stays set until reset", source="24593, 7.10.2"
+    )
     snp_en = flag(0, u64, 24, doc="SEV-SNP", source="24593, 15.36.2")
     vmpl_en = flag(0, u64, 25, doc="VMPLs", source="24593, 15.36.7")
 

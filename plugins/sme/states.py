@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, cast
 
-from sevlab.core.state import Stateful
+from sevlab.core.state import StateDict, Stateful, new
 from sevlab.core.statemachine import StateMachine
 
 if TYPE_CHECKING:
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class SmeState(Stateful):
-    """SYSCFG and the number of the key that the ASP made at reset (0: none yet)."""
+    """SYSCFG, and the key slots of the memory controller: key number by ASID, the host's under 0."""
 
     syscfg: int = 0
-    host_key: int = 0
+    keys: StateDict[int, int] = new(StateDict)
 
 
 def sme_state(machine: Machine) -> SmeState:

@@ -1,0 +1,132 @@
+"""Snapshots of layouts: the generated class with a slot for each field, and the function that decodes into it."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import TYPE_CHECKING, Any
+
+from sevlab.core.layout_fields import VALID_BIT_SPAN_BYTES, FieldInfo, Kind, array_struct, not_valid, valid_place
+
+if TYPE_CHECKING:
+    from sevlab.core.layout import Layout
+
+
+def make_snapshot(cls: type[Layout], infos: list[FieldInfo]) -> tuple[Any, type]:
+    """The class of snapshots and the function that decodes bytes into one.
+
+    The class has a slot for each field, which hides the field's descriptor, so that a read is a plain slot read. A
+    field whose valid bit is clear is left unset; `__getattr__`, which Python calls only then, raises.
+    """
+    words: dict[int, FieldInfo] = {}
+    for info in infos:
+        words.setdefault(info.offset, info)
+    # One struct item for each word; bit fields of one word share it. Different words never overlap (see `_check`),
+    # except bit fields of words with different widths, which decode on their own.
+    pattern, position, items, alone = "<", 0, {}, []
+    for offset, info in sorted(words.items()):
+        if offset < position or info.kind is Kind.ARRAY or info.big_endian:
+            alone.append(info.name)
+            continue
+        pattern += f"{offset - position}x" if offset > position else ""
+        pattern += f"{info.width_bytes}s" if info.kind is Kind.BYTES else "xBHxIxxxQ"[info.width_bytes]
+        items[offset, info.width_bytes] = f"w{offset}"
+        position = offset + info.width_bytes
+    lines = ["def decode(data, version):", "    item = new(snapshot_class)", "    put(item, '_raw', data)"]
+    lines.append("    put(item, 'version', version)")
+    if items:
+        lines.append(f"    {', '.join(items.values())}, = unpack(data, 0)")
+    if cls.VALID_BITMAP is not None:
+        lines.append(f"    valid = int.from_bytes(data[{cls.VALID_BITMAP}:{cls.VALID_BITMAP + 16}], 'little')")
+    for info in infos:
+        source = items.get((info.offset, info.width_bytes)) if info.name not in alone else None
+        if source is None:
+            value = f"whole(infos[{info.name!r}], data)"
+        elif info.kind is Kind.BITS:
+            value = f"({source} >> {info.low_bit}) & {info.maximum:#x}"
+        else:
+            value = source
+        store = f"put_{info.name}(item, {value})"
+        if info.since is not None:
+            store = f"put_{info.name}(item, {value} if version is None or version >= {info.since} else None)"
+        if info.valid_bit:
+            lines.append(f"    if valid >> {info.offset // VALID_BIT_SPAN_BYTES} & 1: {store}")
+        else:
+            lines.append(f"    {store}")
+    lines.append("    return item")
+
+    body: dict[str, Any] = {"__slots__": ("_raw", "version", *cls.FIELDS), "_is_snapshot": True}
+    body |= {"__setattr__": _immutable, "__delattr__": _immutable, "__getattr__": _unset, "__repr__": _repr}
+    body |= {"__eq__": _equal, "__hash__": _hash, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    body |= {"raw": _raw, "is_valid": _snapshot_is_valid, "value_or_zero": _snapshot_value_or_zero}
+    snapshot_class: Any = type(cls.__name__, (cls,), body)
+    snapshot_class._layout = cls
+    scope: dict[str, Any] = {
+        "snapshot_class": snapshot_class,
+        "new": object.__new__,
+        "put": object.__setattr__,
+        "unpack": Struct(pattern).unpack_from,
+        "infos": cls.FIELDS,
+        "whole": _decode_alone,
+    }
+    # A slot's own __set__ is four times faster than object.__setattr__, and the class forbids plain assignment.
+    scope |= {f"put_{name}": vars(snapshot_class)[name].__set__ for name in cls.FIELDS}
+    exec("\n".join(lines), scope)  # noqa: S102  # made of declared names and numbers only
+    return staticmethod(scope["decode"]), snapshot_class
+
+
+def _decode_alone(info: FieldInfo, data: bytes) -> Any:
+    piece = data[info.offset : info.offset + info.length_bytes]
+    if info.kind is Kind.ARRAY:
+        return array_struct(info).unpack(piece)
+    if info.kind is Kind.BYTES:
+        return piece
+    word = int.from_bytes(piece, "big" if info.big_endian else "little")
+    return (word & info.mask) >> info.low_bit if info.kind is Kind.BITS else word
+
+
+def _immutable(item: Any, name: str, *_value: Any) -> None:
+    raise AttributeError(f"a snapshot of {type(item).__name__} is immutable; use replace({name}=...)")
+
+
+def _unset(item: Any, name: str) -> Any:
+    if name in type(item).FIELDS:
+        raise not_valid(type(item).__name__, name)
+    raise AttributeError(f"{type(item).__name__} has no field {name!r}")
+
+
+def _raw(item: Any) -> bytes:
+    return item._raw  # type: ignore[no-any-return]
+
+
+def _snapshot_is_valid(item: Any, name: str) -> bool:
+    info = type(item).FIELDS[name]
+    if not info.valid_bit:
+        return True
+    offset, mask = valid_place(type(item).VALID_BITMAP, info)
+    return bool(item._raw[offset] & mask)
+
+
+def _snapshot_value_or_zero(item: Any, name: str) -> int:
+    return getattr(item, name) if _snapshot_is_valid(item, name) else 0
+
+
+def _equal(item: Any, other: object) -> Any:
+    if type(other) is not type(item):
+        return NotImplemented
+    return (item._raw, item.version) == (other._raw, other.version)  # type: ignore[attr-defined]
+
+
+def _hash(item: Any) -> int:
+    return hash((type(item), item._raw))
+
+
+def _repr(item: Any) -> str:
+    shown = []
+    for name, info in type(item).FIELDS.items():
+        if _snapshot_is_valid(item, name) and (value := getattr(item, name)):
+            shown.append(
+                f"{name}={value:#x}"
+                if isinstance(value, int) and info.kind is not Kind.BYTES
+                else f"{name}={value!r:.40}"
+            )
+    return f"{type(item).__name__}({', '.join(shown)})"
