@@ -157,6 +157,10 @@ class Builder:
         """The facade that plugin `plugin` registers with. Raises `ConfigError` for an option that it cannot have."""
         return PluginBuilder(self, plugin, _options(self.config.options.get(plugin, {}), options, plugin))
 
+    def registries(self) -> tuple[Registry[Any, Any], ...]:
+        """All registries, for listings."""
+        return tuple(item for item in vars(self).values() if isinstance(item, Registry))
+
     def freeze(self) -> Tables:
         """Make the tables. Raises `PluginError` for overlapping windows and replacements of nothing."""
         windows = sorted(self.mmio.entries().values(), key=lambda entry: entry.handler.gpa)

@@ -55,7 +55,7 @@ class Machine:
     ) -> None:
         self.config = config or MachineConfig()
         self.plugins = plugins or load([*self.config.plugins, *(given or {})], given=given)
-        builder = _composed(self.config, self.plugins)
+        builder = compose(self.config, self.plugins)
         self.tables = builder.freeze()
         self.slots = builder.slots
         self.vocabulary = vocabulary(self.plugins)
@@ -183,7 +183,7 @@ class Machine:
         return create_guest(self, guest)
 
 
-def _composed(config: MachineConfig, plugins: PluginSet) -> Builder:
+def compose(config: MachineConfig, plugins: PluginSet) -> Builder:
     """Let every plugin register, in dependency order; the kernel's own steps come first."""
     for name in config.options:
         if name not in plugins.names:
