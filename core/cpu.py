@@ -6,6 +6,7 @@ every SVM processor does. Source: spec 24593 (APM volume 2), 15.5 to 15.20 and a
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sevlab.core.errors import InvariantViolation
@@ -13,7 +14,8 @@ from sevlab.core.events import CpuExit, Fault, Injected, NotIntercepted, Refused
 from sevlab.core.layout import Layout, raw_bytes, u8, u32, u64
 from sevlab.core.memory import guest_tag
 from sevlab.core.state import Stateful, new
-from sevlab.core.svm import ALWAYS_EXITS, EVENT_VALID, ExitCode
+from sevlab.core.paging import CR0_PG, CR4_PAE, EFER_LME
+from sevlab.core.svm import ALWAYS_EXITS, EVENT_VALID, EventType, ExitCode, Vector
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
@@ -22,6 +24,11 @@ GPR_NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" f
 """General registers in the order of their encoding."""
 
 INSN_BYTES_MAX = 15
+
+CR0_PE = 1 << 0
+CS_LONG_AND_BIG = 3 << 9
+"""Bits L and D of a segment's attributes in the VMCB's format."""
+EVENTS_NOT_EXCEPTIONS = (Vector.NMI, *range(32, 256))
 
 CONTROL_NESTED_PAGING = 1 << 0
 CONTROL_SEV = 1 << 1
@@ -104,7 +111,7 @@ DATA_SEGMENT: Segment = (0, 0x93, 0xFFFF, 0)
 class SystemRegisters(Stateful):
     """What changes rarely: segments, control and debug registers, the MSRs that VMRUN switches.
 
-    Values at reset: spec 24593, table 14-1.
+    Values at reset: spec 24593, table 14-1; EFER.SVME is set, since VMRUN refuses a guest without it.
     """
 
     es: Segment = DATA_SEGMENT
@@ -123,7 +130,7 @@ class SystemRegisters(Stateful):
     cr3: int = 0
     cr4: int = 0
     cr8: int = 0
-    efer: int = 0
+    efer: int = 0x1000
     dr6: int = 0xFFFF_0FF0
     dr7: int = 0x400
     xcr0: int = 1
@@ -285,13 +292,54 @@ def vmexit(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     machine.emit(VmExit(exit_.vcpu, exit_.exit_code, exit_.exit_info_1, exit_.exit_info_2))
 
 
+EFER_SVME = 1 << 12
+CR0_CD, CR0_NW = 1 << 30, 1 << 29
+INTERCEPT_VMRUN = 1 << ExitCode.VMRUN
+EVENT_TYPES = (EventType.INTERRUPT, EventType.NMI, EventType.EXCEPTION, EventType.SOFTWARE)
+
+
+def illegal_state(vcpu: Vcpu) -> str:
+    """Why VMRUN refuses this VMCB and guest state; empty when it does not.
+
+    Source: spec 24593, 15.5.1 (canonicalization and consistency checks) and 15.20 (event injection).
+    """
+    vmcb, system = vcpu.vmcb, vcpu.system
+    if not vmcb.guest_asid:
+        return "the ASID is 0"
+    if not vmcb.intercepts & INTERCEPT_VMRUN:
+        return "VMRUN is not intercepted"
+    word = vmcb.event_inj
+    if word & EVENT_VALID:
+        kind, vector = word >> 8 & 7, word & 0xFF
+        if kind not in EVENT_TYPES:
+            return "EVENTINJ has a reserved type"
+        if kind == EventType.EXCEPTION and vector in EVENTS_NOT_EXCEPTIONS:
+            return "EVENTINJ injects as exception a vector that is none"
+    return _illegal_registers(system.cr0, system.cr4, system.efer, system.dr6, system.dr7, system.cs[1])
+
+
+@lru_cache(maxsize=1024)  # few combinations occur, and every VMRUN asks
+def _illegal_registers(cr0: int, cr4: int, efer: int, dr6: int, dr7: int, cs_attributes: int) -> str:
+    long_paging = bool(efer & EFER_LME and cr0 & CR0_PG)
+    checks = (
+        (not efer & EFER_SVME, "EFER.SVME is 0"),
+        (cr0 & CR0_NW and not cr0 & CR0_CD, "CR0.NW is 1 while CR0.CD is 0"),
+        (cr0 >> 32, "CR0[63:32] is not 0"),
+        (dr6 >> 32 or dr7 >> 32, "DR6[63:32] or DR7[63:32] is not 0"),
+        (long_paging and not cr4 & CR4_PAE, "long mode with paging, but CR4.PAE is 0"),
+        (long_paging and not cr0 & CR0_PE, "long mode with paging, but CR0.PE is 0"),
+        (long_paging and cs_attributes & CS_LONG_AND_BIG == CS_LONG_AND_BIG, "CS has both L and D"),
+    )
+    return next((why for wrong, why in checks if wrong), "")
+
+
 def vmrun(machine: Machine, vcpu: Vcpu) -> bool:
     """VMRUN: check the VMCB, enter the guest, deliver what EVENTINJ asks for; False if the entry failed.
 
     A failed entry is a #VMEXIT with code INVALID and changes nothing in the guest. Source: spec 24593, 15.5.1.
     """
     vmcb = vcpu.vmcb
-    failure: int | None = ExitCode.INVALID if not vmcb.guest_asid else None
+    failure: int | None = ExitCode.INVALID if illegal_state(vcpu) else None
     if failure is None and machine.slots.vmrun_enter is not None:
         failure = machine.slots.vmrun_enter(machine, vcpu)
     if failure is not None:

@@ -156,7 +156,8 @@ class Layout:
 
     def replace(self, **fields: Any) -> Self:
         """A snapshot with these fields changed (and marked valid); the bytes of all others stay."""
-        return self.from_bytes(bytes(_write(type(self), bytearray(self.to_bytes()), fields)))
+        version = getattr(self, "version", None)
+        return self.from_bytes(bytes(_write(type(self), bytearray(self.to_bytes()), fields)), version=version)
 
 
 def _check(cls: type[Layout], infos: Iterable[FieldInfo]) -> None:

@@ -120,10 +120,14 @@ def _hash(item: Any) -> int:
     return hash((type(item), item._raw))
 
 
+def _worth_showing(value: Any) -> bool:
+    return any(value) if isinstance(value, (bytes, tuple)) else bool(value)
+
+
 def _repr(item: Any) -> str:
     shown = []
     for name, info in type(item).FIELDS.items():
-        if _snapshot_is_valid(item, name) and (value := getattr(item, name)):
+        if _snapshot_is_valid(item, name) and _worth_showing(value := getattr(item, name)):
             shown.append(
                 f"{name}={value:#x}"
                 if isinstance(value, int) and info.kind is not Kind.BYTES

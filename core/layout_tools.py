@@ -112,7 +112,12 @@ def diff(layout: type[Layout], before: bytes, after: bytes) -> tuple[Difference,
         for name, info in layout.FIELDS.items()
         if read_field(info, before) != read_field(info, after)
     ]
-    for offset, length in reserved_ranges(layout):
+    ranges = reserved_ranges(layout)
+    if layout.VALID_BITMAP is not None and "valid_bitmap" not in layout.FIELDS:
+        bitmap = slice(layout.VALID_BITMAP, layout.VALID_BITMAP + 16)
+        if before[bitmap] != after[bitmap]:
+            found.append(Difference("valid_bitmap", layout.VALID_BITMAP, before[bitmap], after[bitmap]))
+    for offset, length in ranges:
         old, new = before[offset : offset + length], after[offset : offset + length]
         if old != new:
             found.append(Difference(f"reserved_{offset:x}", offset, old, new))
