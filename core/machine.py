@@ -135,10 +135,12 @@ class Machine:
         self.memory.mark()
 
     def reset(self) -> None:
-        """Return to the marked state; costs only what changed since."""
+        """Return to the marked state, with an empty sink; costs only what changed since."""
         self._journal.reset()
         self.memory.reset()
         self.access.forget()
+        if self.sink is not None:
+            self.sink.begin()
 
     def snapshot(self) -> Snapshot:
         """The whole state as explicit data."""
