@@ -25,6 +25,7 @@ lint: .venv/dev-stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typing/api.py
 	PYTHONPATH=.editable $(BIN)/lint-imports --no-cache
 
 docs: .venv/dev-stamp

@@ -13,8 +13,8 @@ from sevlab.core.errors import InvariantViolation
 from sevlab.core.events import CpuExit, Fault, Injected, NotIntercepted, Refused, Resumed, VmExit
 from sevlab.core.layout import Layout, raw_bytes, u8, u32, u64
 from sevlab.core.memory import guest_tag
-from sevlab.core.state import Stateful, new
 from sevlab.core.paging import CR0_PG, CR4_PAE, EFER_LME
+from sevlab.core.state import Stateful, new
 from sevlab.core.svm import ALWAYS_EXITS, EVENT_VALID, EventType, ExitCode, Vector
 
 if TYPE_CHECKING:

@@ -3,11 +3,19 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-
 from sevlab.core.asp import AspCommandEntry, AspRegister, MailboxInterface
 from sevlab.core.errors import PluginError
-from sevlab.core.events import AspCommand, AspRegisterRead, AspRegisterWrite, AspStatus, Faulted, Fault, Race, Refused
-from sevlab.core.events import Value
+from sevlab.core.events import (
+    AspCommand,
+    AspRegisterRead,
+    AspRegisterWrite,
+    AspStatus,
+    Fault,
+    Faulted,
+    Race,
+    Refused,
+    Value,
+)
 from sevlab.core.hookspecs import hookimpl
 from sevlab.core.testing import make_machine
 
@@ -116,7 +124,9 @@ def test_a_failed_command_leaves_the_buffer_and_overwrites_the_address_registers
     ("enabled", "asked", "interface", "raised"),
     [(True, True, ONE, 1), (False, True, ONE, 0), (True, False, ONE, 0), (True, True, TWO, 0)],
 )
-def test_an_interrupt_needs_ioc_an_enabled_bit_and_an_interface_that_has_one(machine, enabled, asked, interface, raised):
+def test_an_interrupt_needs_ioc_an_enabled_bit_and_an_interface_that_has_one(
+    machine, enabled, asked, interface, raised
+):
     machine.asp.interrupt_enable = 0xFFFF_FFFF if enabled else 0
     write(machine, interface.command_register, 14 << 16 | asked)
     assert machine.asp.interrupts_raised == raised
@@ -141,7 +151,7 @@ def test_undeclared_registers_read_zero_and_ignore_writes(machine):
 
 
 def test_a_register_may_be_read_only():
-    extra = lambda builder: builder.asp_registers.add(0x109FC, AspRegister(lambda _: 0x1_0000_0007, None))  # noqa: E731
+    extra = lambda builder: builder.asp_registers.add(0x109FC, AspRegister(lambda _: 0x1_0000_0007, None))
     machine = make_machine("sme", given={"asp_test": module(extra)})
     write(machine, 0x109FC, 5)
     assert read(machine, 0x109FC) == 7
@@ -160,7 +170,7 @@ def test_two_mailboxes_cannot_share_a_name_or_a_register():
 
 
 def test_a_driver_write_that_faults_runs_no_command():
-    check = lambda actor, spa, gpa, kind: Fault(14, 2, spa) if kind & 1 else None  # noqa: E731
+    check = lambda actor, spa, gpa, kind: Fault(14, 2, spa) if kind & 1 else None
     machine = make_machine(given={"asp_test": module(lambda builder: builder.slot("access_check", check))})
     outcome = machine.apply(AspCommand("one", 14, 0x3000, b"x"))
     assert outcome.first(Faulted) is not None

@@ -5,12 +5,28 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-
 from sevlab.core.builder import MmioWindow, Slots
 from sevlab.core.dispatch import MAX_RANGE, Registrar, Registry, add_range
 from sevlab.core.errors import PluginError
-from sevlab.core.events import CpuExit, Data, Fault, Faulted, HostCpuid, Injected, MemoryRead, MemoryWrite, Party
-from sevlab.core.events import CpuidResult, Resumed, Schedule, Scheduled, Space, Stopped, VmcbWrite, VmExit
+from sevlab.core.events import (
+    CpuExit,
+    CpuidResult,
+    Data,
+    Fault,
+    Faulted,
+    HostCpuid,
+    Injected,
+    MemoryRead,
+    MemoryWrite,
+    Party,
+    Resumed,
+    Schedule,
+    Scheduled,
+    Space,
+    Stopped,
+    VmcbWrite,
+    VmExit,
+)
 from sevlab.core.hookspecs import hookimpl
 from sevlab.core.machine import Machine
 from sevlab.core.state import Stateful

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from sevlab.core.caches import CachedMemory
 from sevlab.core.memory import Memory
 

@@ -12,7 +12,6 @@ import click
 import pytest
 import sevlab_stranger as stranger
 from click.testing import CliRunner
-
 from sevlab.core import cli, plugins
 from sevlab.core.cliapi import Capability, CommandSpec
 from sevlab.core.commands.doctor import examine
@@ -95,7 +94,7 @@ def test_doctor_fails_when_something_required_is_missing(monkeypatch):
 
 def test_plugins_list_and_show():
     rows = json.loads(invoke("plugins", "list", "--json").output)
-    assert [row["name"] for row in rows if row["distribution"] == "sevlab"][0] == "sme"
+    assert next(row["name"] for row in rows if row["distribution"] == "sevlab") == "sme"
     shown = json.loads(invoke("plugins", "show", "sme", "--json").output)
     assert shown["handles"] == {"host MSR": ["0xc0010010"]}
     assert shown["options"][0]["name"] == "enabled"

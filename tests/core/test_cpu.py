@@ -3,13 +3,38 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from sevlab.core.cpu import Vcpu, Vmcb, VmcbControl, illegal_state, msr_permission_bit, skip_instruction
-from sevlab.core.cpu import visible_registers
+from sevlab.core.cpu import (
+    Vcpu,
+    Vmcb,
+    VmcbControl,
+    illegal_state,
+    msr_permission_bit,
+    skip_instruction,
+    visible_registers,
+)
 from sevlab.core.errors import InvariantViolation
-from sevlab.core.events import CpuExit, Injected, MemoryRead, MemoryWrite, NotIntercepted, NptEdit, Party, Refused
-from sevlab.core.events import Data, Done, Faulted, Resumed, Schedule, SetRegisters, Space, Stopped, Unhandled
-from sevlab.core.events import MapFlag, VmcbWrite, VmExit
+from sevlab.core.events import (
+    CpuExit,
+    Data,
+    Done,
+    Faulted,
+    Injected,
+    MapFlag,
+    MemoryRead,
+    MemoryWrite,
+    NotIntercepted,
+    NptEdit,
+    Party,
+    Refused,
+    Resumed,
+    Schedule,
+    SetRegisters,
+    Space,
+    Stopped,
+    Unhandled,
+    VmcbWrite,
+    VmExit,
+)
 from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, NpfError, Vector, event, exit_name
 from sevlab.core.testing import assert_changes_nothing, make_machine
 

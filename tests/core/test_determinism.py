@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sevlab.core.determinism import TSC_HZ, Clock, Entropy
 from sevlab.core.errors import ConfigError
 

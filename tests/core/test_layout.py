@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sevlab.core.buffers import CheckedBuffer
 from sevlab.core.cpu import VmcbControl
 from sevlab.core.errors import InvariantViolation, LayoutError

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given
-
 from sevlab.core import layout_tools as tools
 from sevlab.core.cpu import VmcbControl
 from sevlab.core.layout import Layout, bits, raw_bytes, u8, u32, u64
@@ -85,7 +84,8 @@ def test_differences_are_named_reserved_bytes_too():
     found = tools.diff(Ruled, GOOD, bytes(other))
     assert [(difference.field, difference.offset) for difference in found] == [
         ("mode", 0),
-        ("valid_bitmap", 0x10), ("reserved_20", 0x20),
+        ("valid_bitmap", 0x10),
+        ("reserved_20", 0x20),
     ]
     assert (found[0].before, found[0].after) == (1, 2)
     assert tools.diff(Ruled, GOOD, GOOD) == ()

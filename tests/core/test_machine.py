@@ -4,7 +4,6 @@ import pytest
 import sevlab_stranger as stranger
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sevlab.core import events as ev
 from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.core.errors import ConfigError, InvariantViolation, PluginError

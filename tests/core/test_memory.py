@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
 from sevlab.core.crypto import MemoryKey
 from sevlab.core.errors import ConfigError
 from sevlab.core.memory import TAG_POISON, Memory, guest_tag, split_pages

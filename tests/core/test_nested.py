@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sevlab.core.errors import ConfigError
 from sevlab.core.nested import NestedFault, NestedTables, NestedTranslation, nested_walk
 from sevlab.core.paging import WalkAccess

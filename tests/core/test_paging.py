@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sevlab.core import paging as pg
 from sevlab.core.paging import NonCanonical, PageFault, PfError, Translation, WalkAccess, paging_context, walk
 

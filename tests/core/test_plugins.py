@@ -4,7 +4,6 @@ from types import ModuleType
 
 import pytest
 import sevlab_stranger as stranger
-
 from sevlab.core import plugins
 from sevlab.core.errors import PluginError
 from sevlab.core.hookspecs import hookimpl
@@ -120,7 +119,9 @@ def test_two_distributions_with_one_plugin_name_are_refused(monkeypatch):
 
     twins = [metadata.EntryPoint("sme", value, plugins.GROUP) for value in ("sevlab.plugins.sme", "other.sme")]
     monkeypatch.setattr(metadata, "entry_points", lambda group: twins)
-    with pytest.raises(PluginError, match="two installed plugins are called 'sme': sevlab.plugins.sme .* and other.sme"):
+    with pytest.raises(
+        PluginError, match="two installed plugins are called 'sme': sevlab.plugins.sme .* and other.sme"
+    ):
         plugins.installed()
 
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-
-from sevlab.core.state import Journal, Stateful, StateDict, capture, new, restore
+from sevlab.core.state import Journal, StateDict, Stateful, capture, new, restore
 
 
 class Leaf(Stateful):

@@ -5,7 +5,6 @@ from enum import Enum
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
-
 from sevlab.core.errors import PluginError
 from sevlab.core.statemachine import StateMachine
 from sevlab.plugins.sme import PAGE_IN_PLACE

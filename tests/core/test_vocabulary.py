@@ -6,7 +6,6 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sevlab.core import events as ev
 from sevlab.core.errors import PluginError, TraceFormatError
 from sevlab.core.testing import step_strategy

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from sevlab.core.crypto import aes_xts
+
 from tests.vectors import load_json, vector_set
 
 XTS = load_json(vector_set("nist") / "aes_xts.json")

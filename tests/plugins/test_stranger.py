@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 import sevlab_stranger as stranger
-
 from sevlab.core import plugins
 from sevlab.core.errors import ConfigError
-from sevlab.core.events import AspCommand, AspRegisterRead, AspRegisterWrite, AspStatus, CpuExit, Faulted, HostMsr
-from sevlab.core.events import Refused, Resumed, SetRegisters, Value
+from sevlab.core.events import (
+    AspCommand,
+    AspRegisterRead,
+    AspRegisterWrite,
+    AspStatus,
+    CpuExit,
+    Faulted,
+    HostMsr,
+    Refused,
+    Resumed,
+    SetRegisters,
+    Value,
+)
 from sevlab.core.oracle import OracleSink
 from sevlab.core.svm import ExitCode
 from sevlab.core.testing import assert_resets, make_machine
