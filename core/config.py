@@ -21,7 +21,6 @@ enabled = true
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +154,8 @@ def load_config(path: str | Path) -> MachineConfig:
     Raises `ConfigError`: for a syntax error with line and column, else with the dotted key, the value and the legal
     values; the file's name stands in front.
     """
+    import tomllib
+
     try:
         text = Path(path).read_bytes().decode()
     except OSError as error:

@@ -19,11 +19,10 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["sevlab"]):
-        import sevlab.core.steps
         from sevlab.fuzz.targets import kernel_target
 
     target = kernel_target(PLUGINS)
-    atheris.Setup(sys.argv, lambda data: target(data))
+    atheris.Setup(sys.argv, target)
     atheris.Fuzz()
 
 

@@ -6,7 +6,6 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sevlab.core.testing import make_machine
 from sevlab.core.vocabulary import spec_of
 from sevlab.fuzz.targets import MAX_STEPS, decode_steps, kernel_target
