@@ -20,6 +20,7 @@ test: lint .venv/dev-stamp
 
 test-long: .venv/dev-stamp
 	$(BIN)/python -m pytest -q -m long
+	$(BIN)/python -m tests.bench --quick
 
 lint: .venv/dev-stamp
 	$(BIN)/ruff check .
