@@ -145,6 +145,7 @@ class SystemRegisters(Stateful):
     sysenter_esp: int = 0
     sysenter_eip: int = 0
     tsc_aux: int = 0
+    xmm: tuple[int, ...] = (0,) * 16
 
 
 class Vmcb(Stateful):
