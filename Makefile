@@ -37,7 +37,7 @@ bench: .venv/dev-stamp
 	$(BIN)/python -m tests.bench
 
 clean:
-	git clean -fdx
+	git clean -fdX  # only what .gitignore names: new work that is not yet committed stays
 
 .venv/python-stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -211,6 +211,15 @@ class Access:
 
         Raises `FaultUnwind`: #PF with its error code, #GP(0) for a non-canonical address, or the nested fault.
         """
+        gpa, kind = self._walk_guest(vcpu, gva, kind)
+        return gpa, self.guest_physical(vcpu, gpa, kind)
+
+    def guest_gpa(self, vcpu: Vcpu, gva: int, kind: int) -> int:
+        """The guest-physical address of `gva` by the guest's own tables alone; faults as `guest_linear`."""
+        return self._walk_guest(vcpu, gva, kind)[0]
+
+    def _walk_guest(self, vcpu: Vcpu, gva: int, kind: int) -> tuple[int, int]:
+        """(gpa, kind with PRIVATE where the C-bit says so)."""
         system = vcpu.system
         mask = self._machine.hypervisor.vms[vcpu.vm_id].c_bit_mask
         context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, mask)
@@ -236,7 +245,7 @@ class Access:
             self._memory.write(place.spa, value.to_bytes(width_bytes, "little"), place.key, vcpu.tag)
         if found.c_bit or (mask and kind & AccessKind.FETCH):
             kind |= AccessKind.PRIVATE
-        return found.gpa, self.guest_physical(vcpu, found.gpa, kind)
+        return found.gpa, kind
 
     def guest_read(self, vcpu: Vcpu, gva: int, length_bytes: int, kind: int = AccessKind.READ) -> bytes:
         """`length_bytes` bytes at linear `gva` as the guest sees them."""

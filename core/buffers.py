@@ -134,6 +134,10 @@ class RaceWrite(NamedTuple):
     key: MemoryKey | None
 
 
+NO_SPA = -1
+"""The address of a `Fetch` that is only a scheduling point."""
+
+
 class SharedFetches:
     """Counts the fetches of shared memory within a step; the machine owns one and clears it at each step."""
 
@@ -169,6 +173,12 @@ class SharedFetches:
         """Begin or stop to record every fetch."""
         self.log = [] if keep else None
         self.watched = keep or bool(self.races)
+
+    def point(self) -> None:
+        """A place in a handler where another party may run, without a fetch: a race can wait for it all the same."""
+        self.count += 1
+        if self.watched:
+            self.notice(NO_SPA, 0)
 
     def notice(self, spa: int, length_bytes: int) -> None:
         """Slow path of a fetch: let due races happen, then record."""

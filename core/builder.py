@@ -46,19 +46,26 @@ class Msr(NamedTuple):
 
 
 class Port(NamedTuple):
-    """Handlers of one I/O port: read(machine, port, width) and write(machine, port, width, value); width in bytes."""
+    """Handlers of one I/O port, width in bytes: read(machine, vcpu, port, width) -> value zero-extended, and
+    write(machine, vcpu, port, width, value). The vCPU says which VM's device is meant.
 
-    read: Callable[[Machine, int, int], int]
-    write: Callable[[Machine, int, int, int], None]
+    `width` is the widest access that the handlers take: a wider one is split into bytes at successive ports.
+    `write_string`, where a device has it, takes the elements of a REP OUTS at once, as bytes.
+    """
+
+    read: Callable[[Machine, Vcpu, int, int], int]
+    write: Callable[[Machine, Vcpu, int, int, int], None]
+    width: int = 4
+    write_string: Callable[[Machine, Vcpu, int, int, bytes], None] | None = None
 
 
 class MmioWindow(NamedTuple):
-    """A device's window in guest-physical space: handlers get the offset in the window and a width that fits in it."""
+    """A device's window in guest-physical space: handlers get the vCPU, an offset, and a width that fits in it."""
 
     gpa: int
     length_bytes: int
-    read: Callable[[Machine, int, int], int]
-    write: Callable[[Machine, int, int, int], None]
+    read: Callable[[Machine, Vcpu, int, int], int]
+    write: Callable[[Machine, Vcpu, int, int, int], None]
 
 
 class Tables(NamedTuple):
@@ -150,6 +157,7 @@ class Builder:
         self._component_owners: dict[str, str] = {}
         self.observers: list[Observer] = []
         self.boot: list[Callable[[Machine], None]] = []
+        self.entry: list[Callable[[Machine, Vcpu], None]] = []
         self.cpuid_bits: dict[tuple[int, int], Registers4] = {}
         self.mailboxes: dict[str, asp.MailboxInterface] = {}
 
@@ -274,6 +282,10 @@ class PluginBuilder:
     def observe(self, observer: Observer) -> None:
         """Be told of every step and its outcome, after it happened."""
         self._builder.observers.append(observer)
+
+    def at_entry(self, function: Callable[[Machine, Vcpu], None]) -> None:
+        """Let the hypervisor run `function` before each VMRUN: interrupts to inject, timers that are due."""
+        self._builder.entry.append(function)
 
     def at_boot(self, function: Callable[[Machine], None]) -> None:
         """Run `function` once, when the machine is made and before its booted state is marked."""

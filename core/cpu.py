@@ -133,6 +133,8 @@ class SystemRegisters(Stateful):
     efer: int = 0x1000
     dr6: int = 0xFFFF_0FF0
     dr7: int = 0x400
+    debug_addresses: tuple[int, ...] = (0,) * 4
+    """DR0 to DR3."""
     xcr0: int = 1
     xss: int = 0
     g_pat: int = 0x0007_0406_0007_0406

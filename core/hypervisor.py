@@ -59,6 +59,10 @@ class Hypervisor(Stateful):
 
     def enter(self, machine: Machine, vcpu: Vcpu) -> None:
         """VMRUN; a VMCB that the processor refuses ends the VM."""
+        for prepare in machine.at_entry:
+            prepare(machine, vcpu)
+        if vcpu.stopped or vcpu.halted:
+            return
         if not vmrun(machine, vcpu):
             self.stop(machine, vcpu.vm_id, f"VMRUN failed with {exit_name(vcpu.vmcb.exit_code)}")
 

@@ -81,6 +81,8 @@ class Machine:
         self.components: StateDict[str, Stateful | StateDict[Any, Any]] = StateDict(builder.components)
         self._cpuid_bits = builder.cpuid_bits
         self._observers = tuple(builder.observers)
+        self.at_entry = tuple(builder.entry)
+        """What the hypervisor runs before each VMRUN."""
         self._records: list[Record] = []
         self.emit: Callable[[Record], None] = self._records.append
         """Handlers call this with each record that the other side would see."""

@@ -1,8 +1,9 @@
 """The guest's own page tables: one walker for every mode, driven by a table of levels.
 
-Pure: the caller says how to read an entry of the guest's tables - privately, in an encrypted guest, since page-table
-walks never obey the C-bit - and gets a translation or a fault as a value. Only paging off and the two 32-bit levels
-have no room for a C-bit; an encrypted guest's accesses are all private there.
+Each mode is declared once as data; a context turns the declaration into masks for one setting of the registers, and
+one loop serves all of them. Pure: the caller says how to read an entry of the guest's tables - privately, in an
+encrypted guest, since page-table walks never obey the C-bit - and gets a translation or a fault as a value. Only paging
+off and the two 32-bit levels have no room for a C-bit; an encrypted guest's accesses are all private there.
 
 Source: spec 24593 (APM volume 2), chapter 5 and 15.34.4; reserved bits of levels 4 and 5 also Linux
 arch/x86/kvm/mmu/mmu.c (reserved bits of AMD processors).
@@ -16,12 +17,14 @@ from enum import IntFlag
 from functools import lru_cache
 from typing import NamedTuple
 
-from sevlab.core.units import MASK32
+from sevlab.core.errors import ConfigError
+from sevlab.core.units import GPA, GVA, MASK32, PAGE_BYTES
 
 CR0_WP = 1 << 16
 CR0_PG = 1 << 31
 CR4_PSE = 1 << 4
 CR4_PAE = 1 << 5
+CR4_PGE = 1 << 7
 CR4_LA57 = 1 << 12
 CR4_SMEP = 1 << 20
 CR4_SMAP = 1 << 21
@@ -40,10 +43,15 @@ NO_EXECUTE = 1 << 63
 
 PHYSICAL_BITS = 48
 """Width of guest-physical addresses unless the caller says otherwise."""
+PHYSICAL_BITS_RANGE = range(32, 53)
+"""What an entry of 8 bytes has room for. Source: spec 24593, 5.1."""
 
 
 class WalkAccess(IntFlag):
-    """What the access is; the bits of the #PF error code where it has them."""
+    """What the access is; the bits of the #PF error code where it has them.
+
+    Source: spec 24593, 5.6 and 8.2.15.
+    """
 
     READ = 0
     WRITE = 1 << 1
@@ -65,7 +73,10 @@ class PfError(IntFlag):
 
 
 class Level(NamedTuple):
-    """One level of a mode: which address bits index the table, and what its entries may be."""
+    """One level of a mode: which address bits index the table, and what its entries may be.
+
+    Source: spec 24593, 5.2 and 5.3.
+    """
 
     name: str
     shift: int
@@ -81,7 +92,10 @@ class Level(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """A paging mode: its levels from the root, entry width in bytes, canonical width of linear addresses."""
+    """A paging mode: its levels from the root, entry width in bytes, canonical width of linear addresses.
+
+    Source: spec 24593, 5.1.
+    """
 
     name: str
     levels: tuple[Level, ...]
@@ -135,11 +149,12 @@ def markdown_table() -> str:
 class Translation(NamedTuple):
     """Where a linear address leads.
 
-    `gpa` without the C-bit; `c_bit` the effective C-bit of a data access; `updates` the accessed and dirty bits that
-    the walk would set: (gpa of the entry, its width in bytes, its new value).
+    `gpa` without the C-bit; `c_bit` the effective C-bit of this access (an encrypted guest fetches privately whatever
+    the entry says); `global_page` needs CR4.PGE; `updates` the accessed and dirty bits that the walk would set: (gpa of
+    the entry, its width in bytes, its new value). Source: spec 24593, 5.4 and 15.34.4.
     """
 
-    gpa: int
+    gpa: GPA
     c_bit: bool
     page_bytes: int
     writable: bool
@@ -150,16 +165,47 @@ class Translation(NamedTuple):
 
 
 class PageFault(NamedTuple):
-    """#PF with its error code."""
+    """#PF with its error code (`PfError`, as a plain number). Source: spec 24593, 8.2.15."""
 
     error_code: int
-    gva: int
+    gva: GVA
 
 
 class NonCanonical(NamedTuple):
-    """The address has no meaning in long mode: #GP(0), or #SS(0) on the stack."""
+    """The address has no meaning in long mode: #GP(0), or #SS(0) on the stack. Source: spec 24593, 5.3.1."""
 
-    gva: int
+    gva: GVA
+
+
+class LevelMasks(NamedTuple):
+    """A level as one context walks it: what `Level` declares, with the context's own reserved bits."""
+
+    shift: int
+    index_mask: int
+    leaf_bit: int
+    """The bit that makes an entry a leaf: PS where large pages are allowed, P (always set) on the last level."""
+    reserved: int
+    reserved_leaf: int
+    granted: int
+    """Rights that the entry cannot take away: none, or all in a PAE PDPTE."""
+
+
+class AccessRule(NamedTuple):
+    """What one kind of access needs of the rights that all levels leave, and its bits of the error code."""
+
+    error: int
+    required: int
+    forbidden: int
+    private: bool
+    """The access is private whatever the entry says."""
+
+
+RIGHTS = WRITABLE | USER | NO_EXECUTE
+"""Rights of a walk so far, in the places of the entry's bits; bit 63 turned round: 1 lets execute."""
+ACCESS_BITS = int(WalkAccess.WRITE | WalkAccess.USER | WalkAccess.FETCH | WalkAccess.AC)
+_WRITE, _USER, _FETCH, _AC = (int(bit) for bit in (WalkAccess.WRITE, WalkAccess.USER, WalkAccess.FETCH, WalkAccess.AC))
+_RESERVED_FAULT = int(PfError.P | PfError.RSVD)
+_EXECUTE = NO_EXECUTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,22 +215,74 @@ class PagingContext:
     mode: Mode | None
     root: int
     address_mask: int
-    reserved_high: int
     c_bit_mask: int
-    large_pages: bool
-    write_protect: bool
-    smep: bool
-    smap: bool
-    reports_fetch: bool
+    entry_bytes: int
+    level_masks: tuple[LevelMasks, ...]
+    rules: dict[int, AccessRule]
+    """By `access & ACCESS_BITS`; shared between contexts, never changed."""
+    global_bit: int
     canonical_shift: int
+    """Bits from here up are all equal in a canonical address; 0: linear addresses wrap at 32 bits."""
+    canonical_top: int
+
+
+@lru_cache(maxsize=64)
+def _level_masks(mode: Mode, reserved_high: int, large_pages: bool) -> tuple[LevelMasks, ...]:  # noqa: FBT001 - a cache key
+    """The levels of `mode` as masks."""
+    last = mode.levels[-1]
+    return tuple(
+        LevelMasks(
+            shift=level.shift,
+            index_mask=(1 << level.index_bits) - 1,
+            leaf_bit=PRESENT if level is last else LARGE if level.large and large_pages else 0,
+            reserved=reserved_high | level.reserved,
+            reserved_leaf=reserved_high | level.reserved_large,
+            granted=0 if level.permissions else RIGHTS,
+        )
+        for level in mode.levels
+    )
+
+
+@lru_cache(maxsize=64)
+def _rules(
+    *, write_protect: bool, smep: bool, smap: bool, reports_fetch: bool, encrypted: bool, all_private: bool
+) -> dict[int, AccessRule]:
+    """For every kind of access what it needs. Source: spec 24593, 5.6."""
+    rules = {}
+    for access in range(ACCESS_BITS + 1):
+        if access & ~ACCESS_BITS:
+            continue
+        fetch, by_user = bool(access & _FETCH), bool(access & _USER)
+        required = USER if by_user else 0
+        if fetch:
+            required |= _EXECUTE
+            keeps_off = smep
+        else:
+            required |= WRITABLE if access & _WRITE and (by_user or write_protect) else 0
+            keeps_off = smap and not access & _AC
+        rules[access] = AccessRule(
+            error=access & (_WRITE | _USER) | (_FETCH if fetch and reports_fetch else 0),
+            required=required,
+            forbidden=USER if keeps_off and not by_user else 0,
+            private=all_private or (encrypted and fetch),
+        )
+    return rules
 
 
 @lru_cache(maxsize=1024)
 def paging_context(
     cr0: int, cr3: int, cr4: int, efer: int, c_bit_mask: int, physical_bits: int = PHYSICAL_BITS
 ) -> PagingContext:
-    """The context of these register values; `c_bit_mask` 0: the guest is not encrypted."""
+    """The context of these register values (64 bits each).
+
+    `c_bit_mask` has the one bit that is the C-bit in 8-byte entries and CR3, 0: the guest is not encrypted;
+    `physical_bits` is the width of guest-physical addresses, 32-52. The C-bit is never a reserved bit.
+    Raises `ConfigError` for another width. Source: spec 24593, 5.1-5.3 and 15.34.4.
+    """
+    if physical_bits not in PHYSICAL_BITS_RANGE:
+        raise ConfigError(f"physical_bits {physical_bits}: expected 32 to 52")
     nxe = bool(efer & EFER_NXE)
+    smep = bool(cr4 & CR4_SMEP)
     if not cr0 & CR0_PG:
         mode = None
     elif efer & EFER_LMA:
@@ -197,107 +295,80 @@ def paging_context(
         address_mask = _mask(physical_bits - 1, 12) & ~c_bit_mask
         root = cr3 & _mask(31, 5) if mode is PAE else cr3 & address_mask
         high = _mask(62, physical_bits) & ~(mode.ignored_high | c_bit_mask) | (0 if nxe else NO_EXECUTE)
+    long = mode is LONG4 or mode is LONG5
+    canonical_shift = mode.linear_bits - 1 if mode is not None and long else 0
     return PagingContext(
         mode=mode,
         root=root,
         address_mask=address_mask,
-        reserved_high=high,
         c_bit_mask=c_bit_mask,
-        large_pages=mode is not LEGACY or bool(cr4 & CR4_PSE),
-        write_protect=bool(cr0 & CR0_WP),
-        smep=bool(cr4 & CR4_SMEP),
-        smap=bool(cr4 & CR4_SMAP),
-        reports_fetch=(nxe and bool(cr4 & CR4_PAE)) or bool(cr4 & CR4_SMEP),
-        canonical_shift=0 if mode is None else mode.linear_bits - 1,
+        entry_bytes=0 if mode is None else mode.entry_bytes,
+        level_masks=() if mode is None else _level_masks(mode, high, mode is not LEGACY or bool(cr4 & CR4_PSE)),
+        rules=_rules(
+            write_protect=bool(cr0 & CR0_WP),
+            smep=smep,
+            smap=bool(cr4 & CR4_SMAP),
+            reports_fetch=(nxe and bool(cr4 & CR4_PAE)) or smep,
+            encrypted=bool(c_bit_mask),
+            all_private=bool(c_bit_mask) and (mode is None or mode is LEGACY),
+        ),
+        global_bit=GLOBAL if cr4 & CR4_PGE else 0,
+        canonical_shift=canonical_shift,
+        canonical_top=(1 << 64 - canonical_shift) - 1,
     )
 
 
 def walk(
     context: PagingContext, gva: int, access: int, *, read_entry: Callable[[int, int], int]
 ) -> Translation | PageFault | NonCanonical:
-    """Translate linear address `gva` (64 bits).
+    """Translate linear address `gva` (64 bits) for `access` (`WalkAccess` bits).
 
     `read_entry(gpa, width in bytes)` gives a table entry; what it raises passes through, with nothing changed.
     Order of checks at each level: present, reserved bits; permissions after the last one.
+    Source: spec 24593, 5.2-5.6.
     """
-    mode = context.mode
-    if mode is None:
-        gpa = gva & MASK32
-        return Translation(gpa, bool(context.c_bit_mask), 4096, True, True, False, False, ())
-    if mode.linear_bits == 32:  # linear addresses of 32 bits wrap
+    rule = context.rules[int(access) & ACCESS_BITS]
+    if context.mode is None:
+        return Translation(GPA(gva & MASK32), rule.private, PAGE_BYTES, True, True, False, False, ())
+    if not context.canonical_shift:
         gva &= MASK32
-    elif gva >> context.canonical_shift not in (0, (1 << 64 - context.canonical_shift) - 1):
-        return NonCanonical(gva)
-    error = access & (PfError.W | PfError.U)
-    if access & WalkAccess.FETCH and context.reports_fetch:
-        error |= PfError.ID
-    writable = user = True
-    no_execute = False
-    width = mode.entry_bytes
+    elif (top := gva >> context.canonical_shift) and top != context.canonical_top:
+        return NonCanonical(GVA(gva))
+    width = context.entry_bytes
+    address_mask = context.address_mask
     table = context.root
-    path: list[tuple[int, int]] = []
-    for level in mode.levels:
-        entry_gpa = table + (gva >> level.shift & (1 << level.index_bits) - 1) * width
+    rights = RIGHTS
+    updates: tuple[tuple[int, int, int], ...] = ()
+    for shift, index_mask, leaf_bit, reserved, reserved_leaf, granted in context.level_masks:
+        entry_gpa = table + (gva >> shift & index_mask) * width
         entry = read_entry(entry_gpa, width)
         if not entry & PRESENT:
-            return PageFault(error, gva)
-        large = level.large and context.large_pages and bool(entry & LARGE)
-        if entry & (context.reserved_high | (level.reserved_large if large else level.reserved)):
-            return PageFault(error | PfError.P | PfError.RSVD, gva)
-        if level.permissions:
-            writable = writable and bool(entry & WRITABLE)
-            user = user and bool(entry & USER)
-            no_execute = no_execute or bool(width == 8 and entry & NO_EXECUTE)  # 64-bit entries
-            path.append((entry_gpa, entry))
-        if large or level.shift == mode.levels[-1].shift:
-            return _leaf(context, level, gva, access, error, _Rights(writable, user, no_execute), path)
-        table = entry & context.address_mask
-    raise AssertionError("every mode ends in a level of 4 KiB pages")
-
-
-class _Rights(NamedTuple):
-    writable: bool
-    user: bool
-    no_execute: bool
-
-
-def _leaf(
-    context: PagingContext,
-    level: Level,
-    gva: int,
-    access: int,
-    error: int,
-    rights: _Rights,
-    path: list[tuple[int, int]],
-) -> Translation | PageFault:
-    """Check the permissions that all levels left, and say where the address leads."""
-    by_user = bool(access & WalkAccess.USER)
-    if access & WalkAccess.FETCH:
-        denied = rights.no_execute or (by_user and not rights.user) or (context.smep and not by_user and rights.user)
-    else:
-        denied = by_user and not rights.user
-        denied |= context.smap and not by_user and rights.user and not access & WalkAccess.AC
-        if access & WalkAccess.WRITE:
-            denied |= not rights.writable and (by_user or context.write_protect)
-    if denied:
-        return PageFault(error | PfError.P, gva)
-    page_bytes = 1 << level.shift
-    entry = path[-1][1]
-    width = 4 if context.mode is LEGACY else 8
-    base = entry & context.address_mask
-    if context.mode is LEGACY and page_bytes > 4096:  # PSE-36 puts bits 39:32 into 20:13
+            return PageFault(rule.error, GVA(gva))
+        leaf = entry & leaf_bit
+        if entry & (reserved_leaf if leaf else reserved):
+            return PageFault(rule.error | _RESERVED_FAULT, GVA(gva))
+        rights &= entry ^ NO_EXECUTE | granted
+        if leaf:
+            break
+        if not (entry & ACCESSED or granted):
+            updates += ((entry_gpa, width, entry | ACCESSED),)
+        table = entry & address_mask
+    if rights & rule.required != rule.required or rights & rule.forbidden:
+        return PageFault(rule.error | PRESENT, GVA(gva))
+    used = ACCESSED | DIRTY if rule.error & _WRITE else ACCESSED
+    if entry & used != used:
+        updates += ((entry_gpa, width, entry | used),)
+    page_bytes = 1 << shift
+    base = entry & address_mask
+    if width == 4 and page_bytes > PAGE_BYTES:  # PSE-36 puts bits 39:32 into 20:13
         base |= (entry >> 13 & 0xFF) << 32
-    bits_to_set = ACCESSED | (DIRTY if access & WalkAccess.WRITE else 0)
-    updates = tuple((gpa, width, value | ACCESSED) for gpa, value in path[:-1] if not value & ACCESSED)
-    if entry & bits_to_set != bits_to_set:
-        updates += ((path[-1][0], width, entry | bits_to_set),)
     return Translation(
-        gpa=base & -page_bytes | gva & page_bytes - 1,
-        c_bit=bool(context.c_bit_mask) if context.mode is LEGACY else bool(entry & context.c_bit_mask),
-        page_bytes=page_bytes,
-        writable=rights.writable,
-        user=rights.user,
-        no_execute=rights.no_execute,
-        global_page=bool(entry & GLOBAL),
-        updates=updates,
+        GPA(base & -page_bytes | gva & page_bytes - 1),
+        rule.private or (entry & context.c_bit_mask != 0),
+        page_bytes,
+        rights & WRITABLE != 0,
+        rights & USER != 0,
+        not rights & _EXECUTE,
+        entry & context.global_bit != 0,
+        updates,
     )

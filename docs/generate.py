@@ -14,7 +14,7 @@ from sevlab.core.plugins import load
 from sevlab.core.vocabulary import Boundary, spec_of
 
 FOLDER = Path(__file__).parent / "reference"
-BUILT_IN = ("sme",)
+BUILT_IN = ("io", "sme")
 MARK = "<!-- made by docs/generate.py from the declarations; do not edit -->\n"
 
 

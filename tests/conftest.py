@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "fast", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("long", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "long", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile(os.environ.get("SEVLAB_HYPOTHESIS", "fast"))
 
 
@@ -22,4 +24,5 @@ def pytest_report_header() -> str:
         except metadata.PackageNotFoundError:
             versions.append(f"{name} -")
     profile = os.environ.get("SEVLAB_HYPOTHESIS", "fast")
-    return f"python {platform.python_version()}, {', '.join(versions)}; hypothesis profile {profile} (derandomized)"
+    seed = "derandomized" if settings().derandomize else "random; a failure prints how to reproduce it"
+    return f"python {platform.python_version()}, {', '.join(versions)}; hypothesis profile {profile} ({seed})"

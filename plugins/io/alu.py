@@ -24,7 +24,7 @@ def _common(value: int, bits: int) -> int:
 
 
 def add(left: int, right: int, bits: int, carry: int = 0) -> Computed:
-    """left + right + carry."""
+    """Left + right + carry."""
     total = left + right + carry
     value = total & (1 << bits) - 1
     flags = _common(value, bits) | (CF if total >> bits else 0)
@@ -34,7 +34,7 @@ def add(left: int, right: int, bits: int, carry: int = 0) -> Computed:
 
 
 def subtract(left: int, right: int, bits: int, borrow: int = 0) -> Computed:
-    """left - right - borrow."""
+    """Left - right - borrow."""
     value = (left - right - borrow) & (1 << bits) - 1
     flags = _common(value, bits) | (CF if left < right + borrow else 0)
     flags |= AF if (left ^ right ^ value) & 0x10 else 0
@@ -48,13 +48,13 @@ def logic(value: int, bits: int) -> Computed:
 
 
 def increment(value: int, bits: int) -> Computed:
-    """value + 1; CF stays."""
+    """Value + 1; CF stays."""
     result = add(value, 1, bits)
     return Computed(result.value, result.flags & ~CF, ARITHMETIC & ~CF)
 
 
 def decrement(value: int, bits: int) -> Computed:
-    """value - 1; CF stays."""
+    """Value - 1; CF stays."""
     result = subtract(value, 1, bits)
     return Computed(result.value, result.flags & ~CF, ARITHMETIC & ~CF)
 

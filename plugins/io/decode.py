@@ -43,7 +43,7 @@ class MemoryOperand(NamedTuple):
     segment: str
     base: str
     rip_relative: bool
-    index: str
+    index_register: str
     scale: int
     displacement: int
     address_size: int
@@ -234,12 +234,12 @@ def _address_size(data: bytes, mode: int) -> int:
 def effective_address(
     operand: MemoryOperand, read_register: Callable[[str], int], segment_base: Callable[[str], int], mode: int
 ) -> tuple[int, int]:
-    """(offset, linear address) of a memory operand; bases of ES, CS, SS, DS are the caller's to ignore in 64-bit mode."""
+    """(offset, linear address) of a memory operand; `segment_base` gives 0 where 64-bit mode ignores a base."""
     offset = operand.displacement
     if operand.base:
         offset += read_register(operand.base)
-    if operand.index:
-        offset += read_register(operand.index) * operand.scale
+    if operand.index_register:
+        offset += read_register(operand.index_register) * operand.scale
     offset &= (1 << operand.address_size) - 1
     linear = offset + (segment_base(operand.segment) if operand.segment else 0)
     return offset, linear & (MASK64 if mode == 64 else 0xFFFF_FFFF)

@@ -9,25 +9,15 @@ Source: spec 24594 (APM volume 3), each instruction's page; which forms exist, `
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from sevlab.core.cpu import Registers, SystemRegisters
 from sevlab.core.units import MASK32, MASK64
 from sevlab.plugins.io import alu
-from sevlab.plugins.io.alu import CF, DF, ZF, Computed
-from sevlab.plugins.io.decode import Insn, MemoryOperand, effective_address
-
-
-class Bus(Protocol):
-    """Where an instruction's accesses go: linear addresses, sizes in bytes, little-endian numbers."""
-
-    def read(self, linear: int, size: int) -> int: ...
-    def write(self, linear: int, size: int, value: int) -> None: ...
-    def probe(self, linear: int, size: int) -> None:
-        """Fault now if a write here would: INS asks before it takes data from the port."""
-
-    def port_in(self, port: int, size: int) -> int: ...
-    def port_out(self, port: int, size: int, value: int) -> None: ...
+from sevlab.plugins.io.alu import CF, ZF, Computed
+from sevlab.plugins.io.decode import Insn
+from sevlab.plugins.io.execution import ACCUMULATORS, PLACES, Action, Bus, Execution, write_register
+from sevlab.plugins.io.strings import string_actions
 
 
 class Unsupported(NamedTuple):
@@ -40,105 +30,6 @@ class Executed(NamedTuple):
     """Done; `elements` counts the iterations of a string instruction (1 otherwise)."""
 
     elements: int
-
-
-def _register_places() -> dict[str, tuple[str, int, int]]:
-    """Register name -> (attribute, shift, width in bits)."""
-    places: dict[str, tuple[str, int, int]] = {}
-    for letter in "abcd":
-        places[f"R{letter.upper()}X"] = (f"r{letter}x", 0, 64)
-        places[f"E{letter.upper()}X"] = (f"r{letter}x", 0, 32)
-        places[f"{letter.upper()}X"] = (f"r{letter}x", 0, 16)
-        places[f"{letter.upper()}L"] = (f"r{letter}x", 0, 8)
-        places[f"{letter.upper()}H"] = (f"r{letter}x", 8, 8)
-    for name in ("sp", "bp", "si", "di"):
-        places[f"R{name.upper()}"] = (f"r{name}", 0, 64)
-        places[f"E{name.upper()}"] = (f"r{name}", 0, 32)
-        places[name.upper()] = (f"r{name}", 0, 16)
-        places[f"{name.upper()}L"] = (f"r{name}", 0, 8)
-    for number in range(8, 16):
-        for suffix, width in (("", 64), ("D", 32), ("W", 16), ("L", 8)):
-            places[f"R{number}{suffix}"] = (f"r{number}", 0, width)
-    return places
-
-
-PLACES = _register_places()
-
-
-def read_register(registers: Registers, name: str) -> int:
-    """A general register by its name in the decoder's spelling (RAX, EAX, AX, AL, AH, R8L, ...)."""
-    attribute, shift, width = PLACES[name]
-    return getattr(registers, attribute) >> shift & (1 << width) - 1  # type: ignore[no-any-return]
-
-
-def write_register(registers: Registers, name: str, value: int) -> None:
-    """Write it: 32-bit writes clear the upper half, 8- and 16-bit writes keep the rest."""
-    attribute, shift, width = PLACES[name]
-    mask = (1 << width) - 1
-    if width >= 32:
-        setattr(registers, attribute, value & mask)
-    else:
-        old = getattr(registers, attribute)
-        setattr(registers, attribute, old & ~(mask << shift) | (value & mask) << shift)
-
-
-class Execution:
-    """One instruction under way."""
-
-    __slots__ = ("bus", "insn", "registers", "system")
-
-    def __init__(self, insn: Insn, registers: Registers, system: SystemRegisters, bus: Bus) -> None:
-        self.insn = insn
-        self.registers = registers
-        self.system = system
-        self.bus = bus
-
-    def segment_base(self, segment: str) -> int:
-        """Base of a segment; ES, CS, SS, DS count as 0 in 64-bit mode."""
-        if self.insn.mode == 64 and segment in ("ES", "CS", "SS", "DS"):
-            return 0
-        return getattr(self.system, segment.lower())[3]  # type: ignore[no-any-return]
-
-    def linear(self, operand: MemoryOperand) -> int:
-        """Linear address of a memory operand."""
-        return effective_address(operand, self.register, self.segment_base, self.insn.mode)[1]
-
-    def register(self, name: str) -> int:
-        """A general register's value."""
-        return read_register(self.registers, name)
-
-    def get(self, index: int) -> int:
-        """The value of an operand; a memory operand is read."""
-        operand = self.insn.operands[index]
-        if operand.kind == "reg":
-            if operand.register not in PLACES:
-                number = int(operand.register.removeprefix("XMM"))
-                return self.system.xmm[number]
-            return self.register(operand.register)
-        if operand.kind == "imm":
-            return operand.immediate
-        return self.bus.read(self.linear(self.insn.memory[0]), operand.size)
-
-    def put(self, index: int, value: int) -> None:
-        """Store to an operand; a memory operand is written."""
-        operand = self.insn.operands[index]
-        if operand.kind == "reg":
-            if operand.register not in PLACES:
-                number = int(operand.register.removeprefix("XMM"))
-                xmm = self.system.xmm
-                self.system.xmm = (*xmm[:number], value, *xmm[number + 1 :])
-            else:
-                write_register(self.registers, operand.register, value)
-        else:
-            self.bus.write(self.linear(self.insn.memory[0]), operand.size, value & (1 << operand.size * 8) - 1)
-
-    def flags(self, computed: Computed) -> None:
-        """Take over the flags that a result decides."""
-        self.registers.rflags = self.registers.rflags & ~computed.decides | computed.flags & computed.decides
-
-
-Action = Callable[[Execution], int]
-"""Executes one mnemonic; returns the number of elements."""
 
 
 def _move(run: Execution) -> int:
@@ -218,9 +109,6 @@ def _exchange_add(run: Execution) -> int:
             run.put(0, computed.value)
     run.flags(computed)
     return 1
-
-
-ACCUMULATORS = {8: "AL", 16: "AX", 32: "EAX", 64: "RAX"}
 
 
 def _compare_exchange(run: Execution) -> int:
@@ -310,81 +198,6 @@ def _adjust_rpl(run: Execution) -> int:
     return 1
 
 
-# Strings ----------------------------------------------------------------------------------------------------------
-
-COUNTERS = {16: "CX", 32: "ECX", 64: "RCX"}
-SOURCES = {16: "SI", 32: "ESI", 64: "RSI"}
-TARGETS = {16: "DI", 32: "EDI", 64: "RDI"}
-
-
-def _string(element: Callable[[Execution, int], None], pointers: tuple[dict[int, str], ...], *, compares: bool = False) -> Action:
-    """A string instruction: `element` moves one, then the pointers move, then REP counts."""
-
-    def action(run: Execution) -> int:
-        insn = run.insn
-        address_size = insn.memory[0].address_size
-        size = insn.memory[0].size
-        counter = COUNTERS[address_size]
-        repeated = bool(insn.prefixes)
-        done = 0
-        while not repeated or run.register(counter):
-            element(run, size)
-            step = -size if run.registers.rflags & DF else size
-            for names in pointers:
-                name = names[address_size]
-                write_register(run.registers, name, run.register(name) + step)
-            done += 1
-            if not repeated:
-                break
-            write_register(run.registers, counter, run.register(counter) - 1)
-            if compares and bool(run.registers.rflags & ZF) != ("repne" not in insn.prefixes):
-                break
-        return done
-
-    return action
-
-
-def _operand(run: Execution, segment_is_target: bool) -> MemoryOperand:  # noqa: FBT001
-    """The ES:rDI operand (target) or the other one of a string instruction."""
-    memory = run.insn.memory
-    if len(memory) == 1:
-        return memory[0]
-    target = next(operand for operand in memory if operand.base.endswith("DI"))
-    return target if segment_is_target else next(operand for operand in memory if operand is not target)
-
-
-def _movs(run: Execution, size: int) -> None:
-    run.bus.write(run.linear(_operand(run, True)), size, run.bus.read(run.linear(_operand(run, False)), size))
-
-
-def _stos(run: Execution, size: int) -> None:
-    run.bus.write(run.linear(run.insn.memory[0]), size, run.register(ACCUMULATORS[size * 8]))
-
-
-def _lods(run: Execution, size: int) -> None:
-    write_register(run.registers, ACCUMULATORS[size * 8], run.bus.read(run.linear(run.insn.memory[0]), size))
-
-
-def _scas(run: Execution, size: int) -> None:
-    found = run.bus.read(run.linear(run.insn.memory[0]), size)
-    run.flags(alu.subtract(run.register(ACCUMULATORS[size * 8]), found, size * 8))
-
-
-def _cmps(run: Execution, size: int) -> None:
-    left = run.bus.read(run.linear(_operand(run, False)), size)
-    run.flags(alu.subtract(left, run.bus.read(run.linear(_operand(run, True)), size), size * 8))
-
-
-def _ins(run: Execution, size: int) -> None:
-    linear = run.linear(run.insn.memory[0])
-    run.bus.probe(linear, size)
-    run.bus.write(linear, size, run.bus.port_in(run.register("DX"), size))
-
-
-def _outs(run: Execution, size: int) -> None:
-    run.bus.port_out(run.register("DX"), size, run.bus.read(run.linear(run.insn.memory[0]), size))
-
-
 # Ports and stack --------------------------------------------------------------------------------------------------
 
 
@@ -439,23 +252,6 @@ def _direct_store(run: Execution) -> int:
     return 1
 
 
-def _strings() -> dict[str, Action]:
-    kinds: dict[str, tuple[Callable[[Execution, int], None], tuple[dict[int, str], ...], bool]] = {
-        "movs": (_movs, (SOURCES, TARGETS), False),
-        "stos": (_stos, (TARGETS,), False),
-        "lods": (_lods, (SOURCES,), False),
-        "scas": (_scas, (TARGETS,), True),
-        "cmps": (_cmps, (SOURCES, TARGETS), True),
-        "ins": (_ins, (TARGETS,), False),
-        "outs": (_outs, (SOURCES,), False),
-    }
-    return {
-        f"{stem}{suffix}": _string(element, pointers, compares=compares)
-        for stem, (element, pointers, compares) in kinds.items()
-        for suffix in "bwdq"
-    }
-
-
 ACTIONS: dict[str, Action] = {
     "mov": _move,
     "movnti": _move,
@@ -495,7 +291,7 @@ ACTIONS: dict[str, Action] = {
     "push": _push,
     "pop": _pop,
     "movdir64b": _direct_store,
-    **_strings(),
+    **string_actions(),
 }
 """What the emulator executes, by mnemonic."""
 
@@ -506,7 +302,11 @@ def supported(insn: Insn) -> str:
     """Why the emulator cannot do `insn`; empty when it can."""
     if insn.mnemonic not in ACTIONS:
         return f"no emulation of {insn.mnemonic}"
-    unknown = [operand.register for operand in insn.operands if operand.kind == "reg" and operand.register not in OPERAND_REGISTERS]
+    unknown = [
+        operand.register
+        for operand in insn.operands
+        if operand.kind == "reg" and operand.register not in OPERAND_REGISTERS
+    ]
     if unknown:
         return f"{insn.mnemonic} with register {unknown[0]}"
     if insn.mnemonic in ("movsd", "cmpsd") and not insn.code.startswith(("MOVSD_M32", "CMPSD_M32")):

@@ -23,7 +23,9 @@ class EventWord(Layout, size=8):
     """EVENTINJ, EXITINTINFO, and the exception word of a GHCB reply."""
 
     vector = bits(0, u32, 7, 0, source="24593, 15.20")
-    kind = bits(0, u32, 10, 8, values=(0, 2, 3, 4), doc="0 interrupt, 2 NMI, 3 exception, 4 INTn", source="24593, 15.20")
+    kind = bits(
+        0, u32, 10, 8, values=(0, 2, 3, 4), doc="0 interrupt, 2 NMI, 3 exception, 4 INTn", source="24593, 15.20"
+    )
     error_valid = flag(0, u32, 11, source="24593, 15.20")
     reserved_30_12 = bits(0, u32, 30, 12, must_be_zero=True, source="24593, 15.20")
     valid = flag(0, u32, 31, source="24593, 15.20")
@@ -35,15 +37,14 @@ ADDRESS_BITS = {16: 1 << 7, 32: 1 << 8, 64: 1 << 9}
 
 
 def ioio_word(
-    port: int, size: int, *, is_in: bool, string: bool = False, rep: bool = False, address_size: int = 64, segment: int = 0
+    port: int,
+    size: int,
+    *,
+    is_in: bool,
+    string: bool = False,
+    rep: bool = False,
+    address_size: int = 64,
+    segment: int = 0,
 ) -> int:
     """EXITINFO1 of an IOIO exit: `size` 1, 2 or 4 bytes, `address_size` 16, 32 or 64 bits, `segment` 0 to 5."""
-    return (
-        port << 16
-        | segment << 10
-        | ADDRESS_BITS[address_size]
-        | size << 4
-        | (rep << 3)
-        | (string << 2)
-        | int(is_in)
-    )
+    return port << 16 | segment << 10 | ADDRESS_BITS[address_size] | size << 4 | (rep << 3) | (string << 2) | int(is_in)

@@ -330,7 +330,7 @@ def test_the_walker_agrees_with_a_dictionary_of_pages(data):
     allowed &= not (not fetch and smap and supervisor and user and not access & WalkAccess.AC)
     allowed &= not (write and not writable and not (supervisor and not wp))
     if allowed:
-        expected_c = bool(c_bit) if width == 4 else private
+        expected_c = bool(c_bit) and (width == 4 or private or fetch)
         assert found == Translation(
             gpa + offset, expected_c, 1 << shift, writable, user, no_execute, False, found.updates
         )

@@ -6,8 +6,8 @@ import json
 from collections import Counter
 
 import pytest
-
 from sevlab.plugins.io.decode import Insn, Undecodable, decode, effective_address
+
 from tests.vectors import load_json, vector_set
 
 FOLDER = vector_set("insn")
@@ -47,7 +47,7 @@ def memory_of(insn, mode):
                 "segment": operand.segment,
                 "base": operand.base or None,
                 "rip_relative": operand.rip_relative,
-                "index": operand.index or None,
+                "index": operand.index_register or None,
                 "scale": operand.scale,
                 "displacement": hex(operand.displacement),
                 "address_size": operand.address_size,
@@ -117,8 +117,11 @@ def test_decoding_agrees_in_every_field(group, mode):
         expected = {name: value for name, value in case.items() if name not in ours}
         found = decoded(case)
         if found != expected:
-            wrong[case["id"]] = {name: (found.get(name), expected.get(name)) for name in expected | found
-                                 if found.get(name) != expected.get(name)}
+            wrong[case["id"]] = {
+                name: (found.get(name), expected.get(name))
+                for name in expected | found
+                if found.get(name) != expected.get(name)
+            }
     print(f"{group} {mode}-bit: {len(cases)} instructions")
     assert not wrong, dict(list(wrong.items())[:5])
 
@@ -198,7 +201,9 @@ def executed(case):
     result = execute(insn, registers, SystemRegisters(**segments), bus)
     assert isinstance(result, Executed), (case["text"], result)
     changed = {
-        name.upper(): hex(getattr(registers, name)) for name, value in start.items() if getattr(registers, name) != value
+        name.upper(): hex(getattr(registers, name))
+        for name, value in start.items()
+        if getattr(registers, name) != value
     }
     return {"trace": bus.trace, "regs_changed": changed, "rip_after": hex(registers.rip)}
 

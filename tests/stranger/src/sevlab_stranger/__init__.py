@@ -153,11 +153,11 @@ def refuse_write(_machine: Machine, _vcpu: Vcpu | None, _msr: int, _value: int) 
     return Fault(13, 0, 0)
 
 
-def read_port(machine: Machine, _port: int, _width: int) -> int:
+def read_port(machine: Machine, _vcpu: Vcpu, _port: int, _width: int) -> int:
     return state(machine).last_port_write
 
 
-def write_port(machine: Machine, _port: int, _width: int, value: int) -> None:
+def write_port(machine: Machine, _vcpu: Vcpu, _port: int, _width: int, value: int) -> None:
     state(machine).last_port_write = value
 
 

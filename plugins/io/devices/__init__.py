@@ -1,0 +1,1 @@
+"""Devices of a minimal guest: each a module with its registers, and a state that resets with the machine."""

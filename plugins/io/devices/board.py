@@ -1,0 +1,335 @@
+"""The board of a VM: which devices there are, which ports and windows lead to them, and their interrupt lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from sevlab.core.builder import MmioWindow, Port
+from sevlab.core.state import StateDict, Stateful, new
+from sevlab.plugins.io.devices import acpi_pm, debug, fw_cfg, ioapic, lapic, pci, pic, pit, rtc, uart
+
+if TYPE_CHECKING:
+    from sevlab.core.builder import PluginBuilder
+    from sevlab.core.cpu import Vcpu
+    from sevlab.core.hypervisor import Vm
+    from sevlab.core.machine import Machine
+
+PIT_IOAPIC_PIN = 2
+"""IRQ 0 arrives at pin 2, as PC firmware announces."""
+
+
+class Devices(Stateful):
+    """The devices of one VM; a local APIC for each vCPU."""
+
+    uart: uart.Uart = new(uart.Uart)
+    pics: pic.PicPair = new(pic.PicPair)
+    pit: pit.Pit = new(pit.Pit)
+    rtc: rtc.Rtc = new(rtc.Rtc)
+    pci: pci.Pci = new(pci.Pci)
+    debug: debug.DebugPorts = new(debug.DebugPorts)
+    fw_cfg: fw_cfg.FwCfg = new(fw_cfg.FwCfg)
+    ioapic: ioapic.IoApic = new(ioapic.IoApic)
+    pm: acpi_pm.AcpiPm = new(acpi_pm.AcpiPm)
+    lapics: StateDict[int, lapic.Lapic] = new(StateDict)
+    """By vCPU id."""
+    boot_vcpu: int = 0
+
+    def set_irq(self, irq: int, *, level: bool) -> None:
+        """Interrupt line `irq` (0 to 15) has this level, at the PICs and at the I/O APIC."""
+        self.pics.set_line(irq, level=level)
+        pin = PIT_IOAPIC_PIN if irq == pit.PIT_IRQ else irq
+        self.ioapic.set_line(pin, level=level, deliver=self.deliver)
+
+    def deliver(self, vector: int, destination: int, level: bool) -> None:  # noqa: FBT001  # the I/O APIC's signature
+        """A message on the APIC bus; destination FFh is everybody."""
+        for apic in self.lapics.values():
+            if destination in (apic.apic_id, 0xFF):
+                apic.accept(vector, level=level)
+
+    def tick(self, tsc: int) -> None:
+        """Let what is due at `tsc` happen."""
+        if self.pit.due(tsc):
+            self.set_irq(pit.PIT_IRQ, level=False)
+            self.set_irq(pit.PIT_IRQ, level=True)
+        for apic in self.lapics.values():
+            apic.tick(tsc)
+
+
+class IoState(Stateful):
+    """The plugin's state: devices by VM."""
+
+    vms: StateDict[int, Devices] = new(StateDict)
+
+
+def devices(machine: Machine, vcpu: Vcpu) -> Devices:
+    """The devices of the VM that `vcpu` belongs to; made when a VM is new."""
+    vms = cast("IoState", machine.components["io"]).vms
+    found = vms.get(vcpu.vm_id)
+    if found is None:
+        found = vms[vcpu.vm_id] = new_devices(machine.vm_of(vcpu))
+    return found
+
+
+def new_devices(vm: Vm) -> Devices:
+    """The board of a fresh VM."""
+    board = Devices(boot_vcpu=vm.vcpu_ids[0])
+    board.fw_cfg.install(ram_bytes=vm.memory_bytes, cpus=len(vm.vcpu_ids))
+    board.pci.add(pci.HOST_BRIDGE_BDF, pci.HOST_BRIDGE)
+    for apic_id, vcpu_id in enumerate(vm.vcpu_ids):
+        base = lapic.LAPIC_GPA | lapic.BASE_ENABLE | (lapic.BASE_BSP if apic_id == 0 else 0)
+        board.lapics[vcpu_id] = lapic.Lapic(apic_id=apic_id, base=base)
+    return board
+
+
+def make_boards(machine: Machine) -> None:
+    """Give every VM that exists at boot its board."""
+    for vm in machine.hypervisor.vms.values():
+        devices(machine, machine.vcpus[vm.vcpu_ids[0]])
+
+
+# Ports ------------------------------------------------------------------------------------------------------------
+
+
+def register(builder: PluginBuilder) -> None:
+    """Register ports and windows."""
+    builder.component(IoState())
+    builder.at_boot(make_boards)
+    serial = Port(_read_uart, _write_uart, 1, _write_uart_string)
+    for port in range(uart.COM1_PORT, uart.COM1_PORT + 8):
+        builder.ports.add(port, serial)
+    controller = Port(
+        lambda m, v, port, _: devices(m, v).pics.read(port),
+        lambda m, v, port, _, value: devices(m, v).pics.write(port, value),
+        1,
+    )
+    for start in (pic.MASTER_PORT, pic.SLAVE_PORT, pic.ELCR_PORT):
+        builder.ports.add(start, controller)
+        builder.ports.add(start + 1, controller)
+    timer = Port(
+        lambda m, v, port, _: devices(m, v).pit.read(port, m.tsc()),
+        lambda m, v, port, _, value: devices(m, v).pit.write(port, value, m.tsc()),
+        1,
+    )
+    for port in (*range(pit.PIT_PORT, pit.PIT_PORT + 4), pit.GATE_PORT):
+        builder.ports.add(port, timer)
+    clock = Port(
+        lambda m, v, port, _: devices(m, v).rtc.read(port, m.tsc()),
+        lambda m, v, port, _, value: devices(m, v).rtc.write(port, value),
+        1,
+    )
+    builder.ports.add(rtc.RTC_PORT, clock)
+    builder.ports.add(rtc.RTC_PORT + 1, clock)
+    configuration = Port(
+        lambda m, v, port, width: devices(m, v).pci.read(port, width),
+        lambda m, v, port, width, value: devices(m, v).pci.write(port, width, value),
+    )
+    for port in range(pci.ADDRESS_PORT, pci.DATA_PORT + 4):
+        builder.ports.add(port, configuration)
+    says = Port(lambda m, v, port, _: devices(m, v).debug.read(port), _write_debug, 1, _write_console_string)
+    for port in (debug.POST_PORT, debug.CONSOLE_PORT):
+        builder.ports.add(port, says)
+    builder.ports.add(debug.EXIT_PORT, says._replace(width=4, write_string=None))
+    firmware = Port(lambda m, v, port, width: devices(m, v).fw_cfg.read(port, width), _write_fw_cfg)
+    for port in range(fw_cfg.SELECTOR_PORT, fw_cfg.DMA_PORT + 8):
+        builder.ports.add(port, firmware)
+    power = Port(
+        lambda m, v, port, width: devices(m, v).pm.read(port - acpi_pm.PM_PORT, width, m.tsc()),
+        _write_pm,
+    )
+    for port in range(acpi_pm.PM_PORT, acpi_pm.PM_PORT + 12):
+        builder.ports.add(port, power)
+    _register_windows(builder)
+
+
+def _register_windows(builder: PluginBuilder) -> None:
+    builder.mmio(
+        MmioWindow(
+            ioapic.IOAPIC_GPA,
+            ioapic.IOAPIC_BYTES,
+            _words(lambda m, v, offset: devices(m, v).ioapic.read(offset)),
+            _store_words(_write_ioapic),
+        )
+    )
+    builder.mmio(
+        MmioWindow(lapic.LAPIC_GPA, lapic.LAPIC_BYTES, _words(read_lapic), _store_words(write_lapic)),
+    )
+    builder.mmio(
+        MmioWindow(
+            pci.ECAM_GPA,
+            pci.ECAM_BYTES,
+            lambda m, v, offset, width: devices(m, v).pci.read_ecam(offset, width),
+            lambda m, v, offset, width, value: devices(m, v).pci.write_ecam(offset, width, value),
+        )
+    )
+
+
+WordRead = Callable[["Machine", "Vcpu", int], int]
+WordWrite = Callable[["Machine", "Vcpu", int, int], None]
+
+
+def _words(read: WordRead) -> Callable[[Machine, Vcpu, int, int], int]:
+    """A window of 32-bit registers: a narrower read takes part of a register, a wider one the next as well."""
+
+    def windowed(machine: Machine, vcpu: Vcpu, offset: int, width: int) -> int:
+        first = offset & ~3
+        value = read(machine, vcpu, first)
+        if offset + width > first + 4:
+            value |= read(machine, vcpu, first + 4) << 32
+        return value >> (offset - first) * 8 & (1 << width * 8) - 1
+
+    return windowed
+
+
+def _store_words(write: WordWrite) -> Callable[[Machine, Vcpu, int, int, int], None]:
+    """A window of 32-bit registers: only aligned accesses of 4 (or twice 4) bytes write."""
+
+    def windowed(machine: Machine, vcpu: Vcpu, offset: int, width: int, value: int) -> None:
+        if offset & 3 or width < 4:
+            return
+        for index in range(0, width, 4):
+            write(machine, vcpu, offset + index, value >> index * 8 & 0xFFFF_FFFF)
+
+    return windowed
+
+
+# Serial port ------------------------------------------------------------------------------------------------------
+
+
+def _read_uart(machine: Machine, vcpu: Vcpu, port: int, _width: int) -> int:
+    board = devices(machine, vcpu)
+    value = board.uart.read(port & 7)
+    board.set_irq(uart.COM1_IRQ, level=board.uart.interrupt)
+    return value
+
+
+def _write_uart(machine: Machine, vcpu: Vcpu, port: int, _width: int, value: int) -> None:
+    board = devices(machine, vcpu)
+    board.uart.write(port & 7, value)
+    board.set_irq(uart.COM1_IRQ, level=board.uart.interrupt)
+
+
+def _write_uart_string(machine: Machine, vcpu: Vcpu, port: int, width: int, data: bytes) -> None:
+    board = devices(machine, vcpu)
+    if port & 7 or width != 1 or board.uart.lcr & uart.LCR_DLAB or board.uart.mcr & uart.MCR_LOOP:
+        for start in range(0, len(data), width):
+            _write_uart(machine, vcpu, port, width, int.from_bytes(data[start : start + width], "little"))
+        return
+    board.uart.output += data
+    board.uart.thre_pending = True
+    board.set_irq(uart.COM1_IRQ, level=board.uart.interrupt)
+
+
+# What a write does beyond the device ------------------------------------------------------------------------------
+
+
+def _write_debug(machine: Machine, vcpu: Vcpu, port: int, _width: int, value: int) -> None:
+    board = devices(machine, vcpu)
+    board.debug.write(port, value)
+    if port == debug.EXIT_PORT:
+        machine.hypervisor.stop(machine, vcpu.vm_id, f"debug exit with status {board.debug.exit_status}")
+
+
+def _write_console_string(machine: Machine, vcpu: Vcpu, port: int, width: int, data: bytes) -> None:
+    board = devices(machine, vcpu)
+    if port == debug.CONSOLE_PORT and width == 1:
+        board.debug.console += data
+    elif data:
+        board.debug.write(port, data[-width])
+
+
+def _write_pm(machine: Machine, vcpu: Vcpu, port: int, width: int, value: int) -> None:
+    board = devices(machine, vcpu)
+    board.pm.write(port - acpi_pm.PM_PORT, width, value)
+    if board.pm.power_off:
+        machine.hypervisor.stop(machine, vcpu.vm_id, "ACPI power off")
+
+
+def _write_fw_cfg(machine: Machine, vcpu: Vcpu, port: int, width: int, value: int) -> None:
+    device = devices(machine, vcpu).fw_cfg
+
+    def dma(gpa: int) -> None:
+        window = machine.access.shared_window(vcpu, gpa, fw_cfg.DmaDescriptor.SIZE)
+        if window is None:
+            return
+        control = device.transfer(
+            fw_cfg.DmaDescriptor.snapshot(window), lambda at, data: _store(machine, vcpu, at, data)
+        )
+        window.write(0, control.to_bytes(4, "big"))
+
+    device.write(port, width, value, dma)
+
+
+def _store(machine: Machine, vcpu: Vcpu, gpa: int, data: bytes) -> bool:
+    """The device's write to guest memory, as the hypervisor reaches it."""
+    window = machine.access.shared_window(vcpu, gpa, len(data))
+    if window is None:
+        return False
+    window.write(0, data)
+    return True
+
+
+# Interrupt controllers --------------------------------------------------------------------------------------------
+
+
+def _write_ioapic(machine: Machine, vcpu: Vcpu, offset: int, value: int) -> None:
+    board = devices(machine, vcpu)
+    board.ioapic.write(offset, value, board.deliver)
+
+
+def read_lapic(machine: Machine, vcpu: Vcpu, offset: int) -> int:
+    """Read the vCPU's own APIC; registers lie 16 bytes apart."""
+    return devices(machine, vcpu).lapics[vcpu.vcpu_id].read(offset & 0xFF0, machine.tsc())
+
+
+def write_lapic(machine: Machine, vcpu: Vcpu, offset: int, value: int) -> None:
+    """Write the vCPU's own APIC; EOI and the command register reach beyond it."""
+    board = devices(machine, vcpu)
+    apic = board.lapics[vcpu.vcpu_id]
+    offset &= 0xFF0
+    if offset == lapic.EOI:
+        vector = apic.end_of_interrupt()
+        if vector is not None and apic.tmr >> vector & 1:
+            board.ioapic.end_of_interrupt(vector, board.deliver)
+    elif offset == lapic.ICR_LOW:
+        apic.icr = apic.icr >> 32 << 32 | value
+        send_ipi(machine, board, apic)
+    else:
+        apic.write(offset, value, machine.tsc())
+
+
+SHORTHAND_SELF, SHORTHAND_ALL, SHORTHAND_OTHERS = 1, 2, 3
+MODE_FIXED, MODE_LOWEST, MODE_INIT, MODE_STARTUP = 0, 1, 5, 6
+LOGICAL = 1 << 11
+
+
+def send_ipi(machine: Machine, board: Devices, sender: lapic.Lapic) -> None:
+    """Carry out the interrupt command of `sender`. Source: spec 24593, 16.5."""
+    icr = sender.icr
+    shorthand = icr >> 18 & 3
+    destination = icr >> 32 if sender.x2apic else icr >> 56
+    broadcast = destination == (0xFFFF_FFFF if sender.x2apic else 0xFF)
+    for vcpu_id, apic in board.lapics.items():
+        if shorthand:
+            chosen = shorthand == SHORTHAND_ALL or (apic is sender) == (shorthand == SHORTHAND_SELF)
+        elif icr & LOGICAL:
+            logical = apic.read(lapic.LDR, 0)
+            same_cluster = logical >> 16 == destination >> 16 if sender.x2apic else True
+            mask = logical & 0xFFFF if sender.x2apic else logical >> 24
+            chosen = broadcast or (same_cluster and bool(mask & destination))
+        else:
+            chosen = broadcast or destination == apic.apic_id
+        if chosen:
+            _receive_ipi(machine, machine.vcpus[vcpu_id], apic, icr)
+
+
+def _receive_ipi(machine: Machine, vcpu: Vcpu, apic: lapic.Lapic, icr: int) -> None:
+    mode, vector = icr >> 8 & 7, icr & 0xFF
+    if mode in (MODE_FIXED, MODE_LOWEST):
+        apic.accept(vector)
+    elif mode == MODE_INIT:
+        vcpu.halted = True
+    elif mode == MODE_STARTUP and vcpu.halted:
+        vcpu.halted = False
+        vcpu.regs.rip = 0
+        vcpu.system.cs = (vector << 8, 0x9B, 0xFFFF, vector << 12)
