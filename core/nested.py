@@ -106,7 +106,7 @@ def nested_walk(
     phase = int(phase)
     if gpa >> format_.gpa_bits:
         return NestedFault(_U | phase | access, GPA(gpa))
-    context = paging_context(_CR0, nested_cr3, format_.cr4, _EFER, c_bit_mask)
+    context = paging_context(_CR0, nested_cr3, format_.cr4, _EFER, c_bit_mask, private_fetch=False)
     # Guest-physical addresses are not sign-extended; the upper half of the 48 bits is reached by its canonical twin.
     linear = gpa | _SIGN if levels == 4 and gpa & _SIGN_BIT else gpa
     found = walk(context, linear, access | _WALK_USER, read_entry=lambda spa, _width: read_entry(spa))

@@ -245,7 +245,7 @@ def _level_masks(mode: Mode, reserved_high: int, large_pages: bool) -> tuple[Lev
 
 @lru_cache(maxsize=64)
 def _rules(
-    *, write_protect: bool, smep: bool, smap: bool, reports_fetch: bool, encrypted: bool, all_private: bool
+    *, write_protect: bool, smep: bool, smap: bool, reports_fetch: bool, fetch_private: bool, all_private: bool
 ) -> dict[int, AccessRule]:
     """For every kind of access what it needs. Source: spec 24593, 5.6."""
     rules = {}
@@ -264,19 +264,27 @@ def _rules(
             error=access & (_WRITE | _USER) | (_FETCH if fetch and reports_fetch else 0),
             required=required,
             forbidden=USER if keeps_off and not by_user else 0,
-            private=all_private or (encrypted and fetch),
+            private=all_private or (fetch_private and fetch),
         )
     return rules
 
 
 @lru_cache(maxsize=1024)
 def paging_context(
-    cr0: int, cr3: int, cr4: int, efer: int, c_bit_mask: int, physical_bits: int = PHYSICAL_BITS
+    cr0: int,
+    cr3: int,
+    cr4: int,
+    efer: int,
+    c_bit_mask: int,
+    physical_bits: int = PHYSICAL_BITS,
+    *,
+    private_fetch: bool = True,
 ) -> PagingContext:
     """The context of these register values (64 bits each).
 
     `c_bit_mask` has the one bit that is the C-bit in 8-byte entries and CR3, 0: the guest is not encrypted;
     `physical_bits` is the width of guest-physical addresses, 32-52. The C-bit is never a reserved bit.
+    `private_fetch` is the rule of an encrypted guest; False for the host's tables, where a fetch obeys the C-bit.
     Raises `ConfigError` for another width. Source: spec 24593, 5.1-5.3 and 15.34.4.
     """
     if physical_bits not in PHYSICAL_BITS_RANGE:
@@ -309,7 +317,7 @@ def paging_context(
             smep=smep,
             smap=bool(cr4 & CR4_SMAP),
             reports_fetch=(nxe and bool(cr4 & CR4_PAE)) or smep,
-            encrypted=bool(c_bit_mask),
+            fetch_private=private_fetch and bool(c_bit_mask),
             all_private=bool(c_bit_mask) and (mode is None or mode is LEGACY),
         ),
         global_bit=GLOBAL if cr4 & CR4_PGE else 0,
