@@ -19,8 +19,9 @@ Three cases, three types: a field with `valid_bit` reads as int and raises `Inva
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
-from typing import Any, ClassVar, Self, cast
+from collections.abc import Iterable, Mapping, Sequence
+from enum import EnumMeta
+from typing import Any, ClassVar, Self, TypeAlias, cast
 
 from sevlab.core.buffers import UINT, Buffer
 from sevlab.core.errors import LayoutError
@@ -45,11 +46,25 @@ from sevlab.core.layout_snapshot import make_snapshot
 __all__ = ["Field", "FieldInfo", "Kind", "Layout", "array", "bits", "flag", "raw_bytes", "u8", "u16", "u32", "u64"]
 
 
-class Layout:
+FieldValue: TypeAlias = int | bytes | Sequence[int]
+"""What a field may be set to: a number, the bytes of a `raw_bytes` field, the numbers of an `array`."""
+
+VALID_BITMAP_BYTES = 16
+
+
+class _NoDict(type):
+    """Gives every layout `__slots__ = ()`: a misspelt field on a window is an AttributeError, not a lost write."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **keywords: Any) -> _NoDict:
+        return super().__new__(cls, name, bases, {"__slots__": (), **namespace}, **keywords)
+
+
+class Layout(metaclass=_NoDict):
     """A binary structure of `size` bytes; see the module's documentation.
 
     Class keywords: `size` in bytes, `valid_bitmap` the offset of the bitmap in which bit n stands for the eight bytes
-    at 8 n. Raises `LayoutError` at class creation for overlaps, fields past the end and misplaced rules.
+    at 8 n; a `raw_bytes` field may name those 16 bytes. A layout does not inherit fields. Raises `LayoutError` at class
+    creation for overlaps, fields past the end, misplaced rules, and names that the class itself needs.
     """
 
     __slots__ = ("buffer",)
@@ -65,12 +80,14 @@ class Layout:
         super().__init_subclass__(**rest)
         if "_is_snapshot" in cls.__dict__:
             return
+        if any(issubclass(base, Layout) and base is not Layout for base in cls.__bases__):
+            raise LayoutError(f"{cls.__name__}: a layout does not inherit the fields of another; declare them")
         if size is None:
             raise LayoutError(f"{cls.__name__}: give the size in bytes, as class {cls.__name__}(Layout, size=...)")
-        infos = sorted(
-            (item.info for item in vars(cls).values() if isinstance(item, Field)),
-            key=lambda info: (info.offset, info.low_bit),
-        )
+        declared = [item for item in vars(cls).values() if isinstance(item, Field)]
+        for item in declared:
+            item.info = _with_plain_values(cls, item.info)
+        infos = sorted((item.info for item in declared), key=lambda info: (info.offset, info.low_bit))
         cls.SIZE = size
         cls.VALID_BITMAP = valid_bitmap
         cls.FIELDS = {info.name: info for info in infos}
@@ -122,7 +139,7 @@ class Layout:
     def clear_valid(self) -> None:
         """Clear the whole valid bitmap."""
         if self.VALID_BITMAP is not None:
-            self.buffer.write(self.VALID_BITMAP, bytes(16))
+            self.buffer.write(self.VALID_BITMAP, bytes(VALID_BITMAP_BYTES))
 
     def raw(self) -> bytes:
         """All bytes, without any rule: one fetch."""
@@ -143,7 +160,7 @@ class Layout:
         return cast("Self", cls._decode(bytes(data), version))
 
     @classmethod
-    def build(cls, **fields: Any) -> bytes:
+    def build(cls, **fields: FieldValue) -> bytes:
         """The bytes with these fields set and all else zero; fields with a valid bit get it.
 
         Raises `LayoutError` for an unknown field or a value that does not fit.
@@ -154,7 +171,7 @@ class Layout:
         """All bytes, reserved ones as they were found."""
         return self.raw()
 
-    def replace(self, **fields: Any) -> Self:
+    def replace(self, **fields: FieldValue) -> Self:
         """A snapshot with these fields changed (and marked valid); the bytes of all others stay."""
         version = getattr(self, "version", None)
         return self.from_bytes(bytes(_write(type(self), bytearray(self.to_bytes()), fields)), version=version)
@@ -162,10 +179,17 @@ class Layout:
 
 def _check(cls: type[Layout], infos: Iterable[FieldInfo]) -> None:
     """Refuse what cannot be a structure. Bits are compared, so that bit fields may share a word."""
+    if cls.SIZE <= 0:
+        raise LayoutError(f"{cls.__name__}: the size is {cls.SIZE} bytes, expected at least 1")
+    bitmap = cls.VALID_BITMAP
+    if bitmap is not None and not 0 <= bitmap <= cls.SIZE - VALID_BITMAP_BYTES:
+        raise LayoutError(f"{cls.__name__}: the valid bitmap at {bitmap:#x} does not lie in {cls.SIZE:#x} bytes")
     taken = 0
-    owners: list[FieldInfo] = []
+    owners: list[tuple[int, FieldInfo]] = []
     for info in infos:
         where = f"{cls.__name__}.{info.name} at {info.offset:#x}"
+        if hasattr(Layout, info.name):
+            raise LayoutError(f"{where}: every layout has an attribute {info.name!r}; name the field otherwise")
         if info.offset < 0 or info.width_bytes <= 0 or info.elements <= 0:
             raise LayoutError(f"{where}: offset, width and number of elements must be positive")
         if info.offset + info.length_bytes > cls.SIZE:
@@ -176,19 +200,32 @@ def _check(cls: type[Layout], infos: Iterable[FieldInfo]) -> None:
             raise LayoutError(f"{where}: valid_bit, but {cls.__name__} has no valid_bitmap that covers it")
         if info.reserved > info.maximum:
             raise LayoutError(f"{where}: reserved mask {info.reserved:#x} is wider than the field")
+        if info.aligned < 1 or info.aligned & (info.aligned - 1):
+            raise LayoutError(f"{where}: alignment of {info.aligned} bytes, expected a power of two")
         bits_mask = info.mask if info.kind is Kind.BITS else (1 << info.length_bytes * 8) - 1
         place = bits_mask << info.offset * 8
         if taken & place:
-            other = next(
-                o
-                for o in owners
-                if o.offset < info.offset + info.length_bytes and info.offset < o.offset + o.length_bytes
-            )
+            other = next(owner for owned, owner in owners if owned & place)
             raise LayoutError(f"{where}: overlaps {other.name} at {other.offset:#x}")
+        if bitmap is not None and place & ((1 << VALID_BITMAP_BYTES * 8) - 1) << bitmap * 8:
+            names_it = info.kind is Kind.BYTES and (info.offset, info.length_bytes) == (bitmap, VALID_BITMAP_BYTES)
+            if not names_it:
+                raise LayoutError(f"{where}: overlaps the valid bitmap at {bitmap:#x}")
         taken |= place
-        owners.append(info)
-    if cls.VALID_BITMAP is not None and cls.VALID_BITMAP + 16 > cls.SIZE:
-        raise LayoutError(f"{cls.__name__}: the valid bitmap at {cls.VALID_BITMAP:#x} reaches past the end")
+        owners.append((place, info))
+
+
+def _with_plain_values(cls: type[Layout], info: FieldInfo) -> FieldInfo:
+    """Legal values given as an IntEnum, as numbers: before Python 3.12 `5 in SomeEnum` raises TypeError."""
+    if not isinstance(info.values, type):
+        return info
+    members = tuple(cast("Iterable[object]", info.values)) if isinstance(info.values, EnumMeta) else ()
+    if not members or not all(isinstance(member, int) for member in members):
+        raise LayoutError(
+            f"{cls.__name__}.{info.name} at {info.offset:#x}: values={info.values.__name__},"
+            " expected an enumeration of numbers or a container of them"
+        )
+    return info._replace(values=frozenset(int(cast("int", member)) for member in members))
 
 
 def _encode(cls: type[Layout], info: FieldInfo, value: Any) -> bytes:
@@ -199,7 +236,8 @@ def _encode(cls: type[Layout], info: FieldInfo, value: Any) -> bytes:
             raise LayoutError(f"{where}: {value!r:.40}, expected {info.width_bytes} bytes")
         return bytes(value)
     if info.kind is Kind.ARRAY:
-        if len(value) != info.elements or not all(0 <= item <= info.maximum for item in value):
+        numbers = isinstance(value, Sequence) and all(isinstance(item, int) for item in value)
+        if not numbers or len(value) != info.elements or not all(0 <= item <= info.maximum for item in value):
             raise LayoutError(f"{where}: {value!r:.60}, expected {info.elements} numbers up to {info.maximum:#x}")
         return array_struct(info).pack(*value)
     if not isinstance(value, int) or not 0 <= value <= info.maximum:
@@ -209,7 +247,7 @@ def _encode(cls: type[Layout], info: FieldInfo, value: Any) -> bytes:
     return value.to_bytes(info.width_bytes, "big" if info.big_endian else "little")
 
 
-def _write(cls: type[Layout], data: bytearray, fields: dict[str, Any]) -> bytearray:
+def _write(cls: type[Layout], data: bytearray, fields: Mapping[str, Any]) -> bytearray:
     writers = cls._writers
     for name, value in fields.items():
         writer = writers.get(name)

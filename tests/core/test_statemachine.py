@@ -49,6 +49,28 @@ def test_every_pair_is_walked_once():
     assert sum(pair.target is not None for pair in pairs) == 5
 
 
+def test_allowed_and_rejected_pairs_are_all_pairs():
+    rejected = list(DOOR.rejected_pairs())
+    assert len(rejected) == 4
+    for pair in DOOR.pairs():
+        assert DOOR.allows(pair.state, pair.message) == (pair.target is not None)
+        assert ((pair.state, pair.message) in rejected) == (pair.target is None)
+
+
+def test_a_machine_cannot_be_changed():
+    for change in (
+        lambda: setattr(DOOR, "initial", Door.LOCKED),
+        lambda: delattr(DOOR, "name"),
+        lambda: setattr(DOOR, "novel", 1),
+    ):
+        with pytest.raises(AttributeError, match="'door' is immutable"):
+            change()
+    with pytest.raises(TypeError):
+        DOOR.table[Door.OPEN] = {}
+    with pytest.raises(TypeError):
+        DOOR.table[Door.OPEN][Hand.TURN] = Door.LOCKED
+
+
 def test_changing_the_given_dictionary_changes_nothing():
     table = {state: dict(row) for state, row in TABLE.items()}
     machine = StateMachine(name="door", initial=Door.OPEN, reject=Status.REFUSED, table=table)
@@ -86,7 +108,8 @@ def test_an_extension_adds_pairs_and_leaves_the_original_alone():
 
 
 def test_an_extension_may_not_contradict():
-    with pytest.raises(PluginError, match=r"but in 'door' to"):
+    assert DOOR.extended("agreeing", {Door.OPEN: {Hand.PUSH: Door.CLOSED}}).table == DOOR.table
+    with pytest.raises(PluginError, match=r"'contrary'.*but in 'door' to"):
         DOOR.extended("contrary", {Door.OPEN: {Hand.PUSH: Door.LOCKED}})
 
 
