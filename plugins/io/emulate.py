@@ -217,8 +217,8 @@ def _stack_pointer(run: Execution) -> str:
 
 
 def _push(run: Execution) -> int:
-    value = run.get(0)
-    size = run.insn.operands[0].size
+    size = next(operand.size for operand in run.insn.memory if "write" in operand.access)
+    value = run.get(0) & (1 << size * 8) - 1
     stack = _stack_pointer(run)
     top = run.register(stack) - size & MASK64
     run.bus.write(top + run.segment_base("SS") & (MASK64 if run.insn.mode == 64 else MASK32), size, value)
