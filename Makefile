@@ -46,7 +46,7 @@ clean:
 	touch $@
 
 .venv/demo-stamp: .venv/python-stamp pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[insn]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 .venv/dev-stamp: .venv/python-stamp pyproject.toml constraints.txt

@@ -270,6 +270,17 @@ class PluginBuilder:
         owners[name] = self.plugin
         setattr(self._builder.slots, name, function)
 
+    def replace_slot(self, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+        """Take over a slot of a plugin in `REQUIRES`: `make(its function)` is called from now on, in the open.
+
+        Raises `PluginError` for an unknown slot or one that nobody owns yet.
+        """
+        before = getattr(self._builder.slots, name, None)
+        if before is None:
+            raise PluginError(f"plugin {self.plugin!r} replaces slot {name!r}, which nobody owns")
+        self._builder._slot_owners[name] = self.plugin  # noqa: SLF001
+        setattr(self._builder.slots, name, make(before))
+
     def component(self, state: Stateful | StateDict[Any, Any], name: str = "") -> None:
         """Hang state of the plugin into the machine's tree, as `machine.components[name]` (default: the plugin)."""
         name = name or self.plugin

@@ -72,7 +72,7 @@ def _plugin_commands() -> tuple[CommandSpec, ...]:
 
     found: dict[tuple[str, str], str] = {(spec.group, spec.name): "core" for spec in BUILT_IN}
     specs: list[CommandSpec] = []
-    for name, commands in plugins.load_all().call("sevlab_commands").items():
+    for name, commands in plugins.load_all(group=plugins.COMMANDS_GROUP).call("sevlab_commands").items():
         for spec in commands:
             owner = found.setdefault((spec.group, spec.name), name)
             if owner != name:

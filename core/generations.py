@@ -1,6 +1,6 @@
 """What differs between generations of parts, as one table.
 
-Source: spec 24593, 15.34; Linux and firmware as collected in docs/facts.md. Except Genoa's numbers (read from a CPUID
+Source: spec 24593, 15.34; Linux arch/x86/kvm/svm and drivers/crypto/ccp. Except Genoa's numbers (read from a CPUID
 dump of an EPYC 9654 and from its published firmware) the maximum ASIDs and the cipher are UNVERIFIED: no document
 names them for the part.
 """

@@ -51,7 +51,10 @@ def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
 
 @hookspec
 def sevlab_commands() -> tuple[CommandSpec, ...]:
-    """Add commands to the command line; each names the module that is imported when it is called."""
+    """Add commands to the command line; each names the module that is imported when it is called.
+
+    Called on the modules of the entry-point group `sevlab.commands`, so that `sevlab --help` imports no feature.
+    """
 
 
 @hookspec

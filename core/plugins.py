@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 GROUP = "sevlab.plugins"
+COMMANDS_GROUP = "sevlab.commands"
+"""Modules that implement the hook `sevlab_commands`: cheap to import, since every command line loads them all."""
 
 
 class PluginInfo(NamedTuple):
@@ -42,12 +44,12 @@ class PluginInfo(NamedTuple):
         return (self.module.__doc__ or "").strip().partition("\n")[0]
 
 
-def installed() -> dict[str, EntryPoint]:
-    """All plugins that are installed, by name; none is imported. Raises `PluginError` when two share a name."""
+def installed(group: str = GROUP) -> dict[str, EntryPoint]:
+    """All plugins of an entry-point group, by name; none is imported. Raises `PluginError` when two share a name."""
     from importlib import metadata  # 20 ms that only loading needs
 
     found: dict[str, EntryPoint] = {}
-    for entry in metadata.entry_points(group=GROUP):
+    for entry in metadata.entry_points(group=group):
         other = found.get(entry.name)
         if other is not None and other.value != entry.value:
             raise PluginError(
@@ -132,27 +134,29 @@ def _trace_after(outcome: Any, name: str, _implementations: Any, _arguments: Any
     print(f"sevlab plugins: {name} = {result!r}", file=sys.stderr)
 
 
-def load(names: Iterable[str], *, given: Mapping[str, Any] | None = None) -> PluginSet:
+def load(names: Iterable[str], *, given: Mapping[str, Any] | None = None, group: str = GROUP) -> PluginSet:
     """Load the plugins `names` and what they require.
 
-    `given` maps names to modules or objects that take part without being installed. Raises `PluginError` that names
-    the plugin: not installed, fails to import, requires something unknown, or is part of a cycle.
+    `given` maps names to modules or objects that take part without being installed; requirements are those of
+    features and mean nothing in another `group`. Raises `PluginError` that names the plugin: not installed, fails to
+    import, requires something unknown, or is part of a cycle.
     """
     given = given or {}
-    entries = installed()
+    entries = installed(group)
     found: dict[str, PluginInfo] = {}
     wanted = [(name, "") for name in names]
     while wanted:
         name, needed_by = wanted.pop()
         if name not in found:
-            found[name] = _load_one(name, needed_by, entries, given)
+            plugin = _load_one(name, needed_by, entries, given)
+            found[name] = plugin if group == GROUP else plugin._replace(requires=())
             wanted += [(requirement, name) for requirement in found[name].requires]
     return PluginSet(found[name] for name in _sorted(found))
 
 
-def load_all(*, given: Mapping[str, Any] | None = None) -> PluginSet:
-    """Load every installed plugin, for listings and the command line."""
-    return load([*installed(), *(given or {})], given=given)
+def load_all(*, given: Mapping[str, Any] | None = None, group: str = GROUP) -> PluginSet:
+    """Load every installed plugin of a group, for listings and the command line."""
+    return load([*installed(group), *(given or {})], given=given, group=group)
 
 
 def _load_one(name: str, needed_by: str, entries: Mapping[str, EntryPoint], given: Mapping[str, Any]) -> PluginInfo:

@@ -47,7 +47,7 @@ KERNEL_CAPABILITIES = (
     Capability("aes-xts", "memory encryption", _cipher, required=True),
     Capability("msgpack", "records", lambda: _import("msgpack"), required=True),
     Capability("pluggy", "plugins", lambda: _import("pluggy"), required=True),
-    Capability("iced-x86", "instruction decode (extra: insn)", lambda: _import("iced_x86", "iced-x86")),
+    Capability("iced-x86", "instruction decode", lambda: _import("iced_x86", "iced-x86"), required=True),
     Capability("atheris", "coverage-guided fuzzing (extra: fuzz)", lambda: _import("atheris")),
     Capability("unicorn", "running real guests (extra: emu)", lambda: _import("unicorn")),
 )

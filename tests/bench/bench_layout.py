@@ -1,12 +1,7 @@
-"""`python -m tests.bench.bench_layout [--quick]`: layouts and state machines against their floor, as ratios.
-
-Not a test: nothing here fails. The full GHCB and its fields are those of `tests/core/test_layout.py`; the whole
-project's numbers come from `python -m tests.bench`.
-"""
+"""Layouts and state machines against their floor; the GHCB is that of `tests/core/test_layout.py`."""
 
 from __future__ import annotations
 
-import argparse
 from enum import Enum, IntEnum
 from struct import Struct
 
@@ -14,7 +9,7 @@ from sevlab.core.buffers import SharedBuffer, SharedFetches
 from sevlab.core.memory import Memory
 from sevlab.core.statemachine import StateMachine
 
-from tests.bench.__main__ import Bench, Row
+from tests.bench.harness import Bench, Row
 from tests.core.test_layout import GHCB_VALID_BITS, Ghcb
 
 CORE_FIELDS = {
@@ -78,15 +73,4 @@ def state_machines(bench: Bench) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    bench = Bench(quick=parser.parse_args().quick)
-    print(f"{'what':58} {'ratio':>7}  median")
-    for what, ratio, note in (*layouts(bench), *state_machines(bench)):
-        print(f"{what:58} {ratio:7.2f}  {note}")
-
-
-if __name__ == "__main__":
-    main()
+GROUPS = (layouts, state_machines)

@@ -1,17 +1,12 @@
-"""`python tests/bench/bench_paging.py [--quick]`: page walks, as medians and ratios of one run.
-
-Not a test: nothing here fails. The ratio is to reading the same number of entries from the same dictionary.
-"""
+"""Page walks; the ratio is to reading the same number of entries from the same dictionary."""
 
 from __future__ import annotations
-
-import argparse
-import statistics
-import timeit
 
 from sevlab.core import paging as pg
 from sevlab.core.nested import NestedTables, nested_walk
 from sevlab.core.svm import NpfError
+
+from tests.bench.harness import Bench, Row
 
 C_BIT = 1 << 51
 TABLE = 0x67  # P, W, U, A, D
@@ -25,16 +20,9 @@ def guest(levels):
     return entries
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rounds: only whether it runs")
-    rounds, number = (3, 300) if parser.parse_args().quick else (9, 20000)
-
-    def bench(call):
-        return statistics.median(timeit.repeat(call, number=number, repeat=rounds)) / number * 1e6
-
+def walks(bench: Bench) -> list[Row]:
     cr0, efer = pg.CR0_PG | pg.CR0_WP, pg.EFER_LMA | pg.EFER_NXE
-    rows = []
+    rows: list[Row] = []
     for name, levels, cr4 in (("4-level", 4, pg.CR4_PAE), ("5-level", 5, pg.CR4_PAE | pg.CR4_LA57)):
         entries = guest(levels)
 
@@ -72,10 +60,7 @@ def main() -> None:
         lambda: nested_walk(tables.root_spa, 0x4000, 0, read_entry=entry, phase=NpfError.FINAL, c_bit_mask=C_BIT)
     )
     rows.append(("nested walk, to 5 entry reads", nested / bare, f"{nested:.2f} us"))
-    print(f"{'what':<52} {'ratio':>8}  median")
-    for name, ratio, note in rows:
-        print(f"{name:<52} {ratio:>8.2f}  {note}")
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+GROUPS = (walks,)

@@ -134,6 +134,17 @@ def test_each_slot_has_one_owner(name):
         Machine(make_machine().config, given={"a": first, "b": second})
 
 
+def test_a_slot_is_taken_over_from_its_owner_and_only_from_one():
+    below = plugin(lambda builder: builder.slot("clock", lambda _machine: 5))
+    above = plugin(lambda builder: builder.replace_slot("clock", lambda clock: lambda machine: clock(machine) + 1))
+    above.REQUIRES = ("a",)
+    assert make_machine(given={"a": below, "b": above}).tsc() == 6
+    with pytest.raises(PluginError, match="plugin 'tested' replaces slot 'clock', which nobody owns"):
+        machine_with(lambda builder: builder.replace_slot("clock", lambda clock: clock))
+    with pytest.raises(PluginError, match="replaces slot 'clok', which nobody owns"):
+        machine_with(lambda builder: builder.replace_slot("clok", lambda clock: clock))
+
+
 def test_slot_access_check_refuses_an_access():
     seen = []
 

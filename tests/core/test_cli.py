@@ -35,7 +35,7 @@ def invoke(*arguments):
 @pytest.fixture
 def with_stranger(monkeypatch):
     real = plugins.load_all
-    monkeypatch.setattr(plugins, "load_all", lambda **_: real(given={"stranger": stranger}))
+    monkeypatch.setattr(plugins, "load_all", lambda **rest: real(given={"stranger": stranger}, **rest))
 
 
 def test_version_is_the_distributions():

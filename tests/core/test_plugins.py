@@ -109,7 +109,7 @@ def test_a_plugin_that_fails_to_import_is_named(monkeypatch):
     from importlib.metadata import EntryPoint
 
     broken = EntryPoint("broken", "no.such.module", plugins.GROUP)
-    monkeypatch.setattr(plugins, "installed", lambda: {"broken": broken})
+    monkeypatch.setattr(plugins, "installed", lambda group: {"broken": broken})
     with pytest.raises(PluginError, match=r"plugin 'broken' \(no\.such\.module\) fails to import: ModuleNotFound"):
         plugins.load(["broken"])
 

@@ -9,6 +9,8 @@ from tests.vectors import load_json, vector_set
 
 XTS = load_json(vector_set("nist") / "aes_xts.json")
 
+FLIPS = {"aes_xts.json": ("key", "tweak", "pt", "ct")}
+
 
 @pytest.mark.parametrize("direction", ["encrypt", "decrypt"])
 def test_aes_xts_agrees_with_nist(direction):

@@ -1,0 +1,13 @@
+"""The commands that the built-in features bring, as data: no feature is imported to list them."""
+
+from __future__ import annotations
+
+from sevlab.core.cliapi import CommandSpec
+from sevlab.core.hookspecs import hookimpl
+
+COMMANDS: tuple[CommandSpec, ...] = ()
+
+
+@hookimpl
+def sevlab_commands() -> tuple[CommandSpec, ...]:
+    return COMMANDS
