@@ -54,8 +54,8 @@ def test_hooks_are_called_in_dependency_order():
 
 
 def test_a_plugin_that_is_not_installed_is_named_with_the_nearest():
-    with pytest.raises(PluginError, match="no plugin 'sne' is installed; did you mean 'sme'"):
-        plugins.load(["sne"])
+    with pytest.raises(PluginError, match="no plugin 'smme' is installed; did you mean 'sme'"):
+        plugins.load(["smme"])
     with pytest.raises(PluginError, match="no plugin 'qqqqq' is installed; installed are"):
         plugins.load(["qqqqq"])
 
