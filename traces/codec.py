@@ -1,0 +1,203 @@
+"""Entries to bytes and back: msgpack arrays, one a record, checked against the declarations.
+
+A record is `[kind, field, ...]`, where kind is the number of its declaration in the header. A step begins an entry and
+has two more elements, `[kind, time, vcpu, field, ...]`: nanoseconds since the entry before it in the block (for the
+first: since 0), and the vCPU. The records up to the next step are its outcome.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import msgpack
+from sevlab.core.errors import TraceFormatError
+from sevlab.core.units import MASK64
+from sevlab.core.vocabulary import FieldSpec, Record, RecordSpec, Vocabulary, spec_of
+from sevlab.traces.schema import Entry
+
+MAX_ARRAY_ITEMS = 4096
+"""Longest array: with it and msgpack's limit of 1024 levels, no block makes a reader allocate more than 32 MB."""
+
+MAX_DEPTH = 8
+"""Deepest nesting of a tuple field."""
+
+Check = Callable[[Sequence[Any]], bool]
+
+
+class Kind(NamedTuple):
+    """A record kind as the codec uses it: `check` says whether values fit the declaration."""
+
+    number: int
+    spec: RecordSpec
+    cls: type
+    check: Check
+
+
+class Codec:
+    """Packs and unpacks entries of the declarations `kinds`.
+
+    Classes come from `vocabulary`; a kind that it lacks or declares otherwise gets a class made of the declaration,
+    and a line in `foreign` that says why: such records can be shown but mean nothing to a machine.
+    """
+
+    def __init__(self, kinds: Sequence[RecordSpec], vocabulary: Vocabulary) -> None:
+        self.foreign: dict[str, str] = {}
+        self.kinds: list[Kind] = []
+        checks: dict[tuple[type, ...], Check] = {}
+        for number, spec in enumerate(kinds):
+            types = tuple(_wire_type(field) for field in spec.fields)
+            check = checks.setdefault(types, _make_check(types))
+            self.kinds.append(Kind(number, spec, self._class_of(spec, vocabulary), check))
+        self._by_class = {kind.cls: kind for kind in self.kinds}
+        self._pack = msgpack.Packer(autoreset=True).pack
+
+    def _class_of(self, spec: RecordSpec, vocabulary: Vocabulary) -> type:
+        known = vocabulary.kinds.get(spec.kind)
+        if known is not None:
+            if _comparable(spec_of(known)) == _comparable(spec):
+                return known
+            self.foreign[spec.kind] = f"declared otherwise here: {_words(spec_of(known))}; in the file: {_words(spec)}"
+        else:
+            self.foreign[spec.kind] = "not declared here; is a plugin missing?"
+        made = namedtuple("Foreign", [field.name for field in spec.fields], rename=True)  # type: ignore[misc]  # noqa: PYI024  # its fields are known at run time
+        made.SPEC = spec  # type: ignore[attr-defined]
+        return made
+
+    def pack(self, entry: Entry, since: int) -> tuple[bytes, list[int]]:
+        """The bytes of `entry`, `since` being the time of the one before it, and the numbers of its kinds.
+
+        Raises `TraceFormatError` for what the declarations do not allow.
+        """
+        time_ns, vcpu, step, outcome = entry
+        if not 0 <= time_ns <= MASK64 or not -1 <= vcpu <= MASK64:
+            raise TraceFormatError(f"time {time_ns}, vCPU {vcpu}: expected a time from 0 to 2^64-1 and a vCPU from -1")
+        number, values = self._values(step, is_step=True)
+        numbers, packed = [number], [self._pack((number, _delta(time_ns, since), vcpu, *values))]
+        for record in outcome:
+            number, values = self._values(record, is_step=False)
+            numbers.append(number)
+            packed.append(self._pack((number, *values)))
+        return b"".join(packed), numbers
+
+    def _values(self, record: Record, *, is_step: bool) -> tuple[int, Record]:
+        kind = self._by_class.get(type(record))
+        if kind is None or kind.spec.is_step is not is_step:
+            what = "a step" if is_step else "an outcome record"
+            raise TraceFormatError(
+                f"{record!r:.80} is not {what} of this trace's vocabulary; is its plugin in the header?"
+            )
+        if kind.check(record):
+            return kind.number, record
+        plain = tuple(_plain(value) for value in record)  # enumeration members become their numbers
+        if not kind.check(plain):
+            raise TraceFormatError(f"{kind.spec.kind} holds {plain!r:.200}, expected {_words(kind.spec)}")
+        return kind.number, plain
+
+    def unpack(self, block: bytes) -> list[Entry]:
+        """All entries of a block. Raises `TraceFormatError` that names the record that is wrong."""
+        entries: list[Entry] = []
+        outcome: list[Record] = []
+        step: Record | None = None
+        time_ns, vcpu = 0, 0
+        kinds, count, new = self.kinds, len(self.kinds), tuple.__new__
+        unpacker = msgpack.Unpacker(
+            use_list=False,
+            max_buffer_size=max(len(block), 1),
+            max_array_len=MAX_ARRAY_ITEMS,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+        unpacker.feed(block)
+        array: Any = None
+        try:
+            for array in unpacker:
+                number = array[0]
+                if number.__class__ is not int or not 0 <= number < count:
+                    raise TraceFormatError(f"kind {number!r:.20} of {count}")
+                _, spec, cls, check = kinds[number]
+                if spec.is_step:
+                    if step is not None:
+                        entries.append(Entry(time_ns, vcpu, step, tuple(outcome)))
+                        outcome = []
+                    _, delta, vcpu, *_ = array
+                    time_ns = (time_ns + delta) & MASK64  # a TypeError unless it is a number
+                    if vcpu.__class__ is not int or vcpu < -1:
+                        raise TraceFormatError(f"vCPU {vcpu!r:.20}")
+                    values = array[3:]
+                    step = new(cls, values)
+                else:
+                    if step is None:
+                        raise TraceFormatError("an outcome before any step")
+                    values = array[1:]
+                    outcome.append(new(cls, values))
+                if not check(values):
+                    raise TraceFormatError(f"{spec.kind} holds {values!r:.200}, expected {_words(spec)}")
+            if unpacker.tell() != len(block):
+                raise TraceFormatError(f"byte {unpacker.tell():#x} of the block: it ends inside a record")
+        except TraceFormatError as error:
+            raise TraceFormatError(f"entry {len(entries)} of the block: {error}") from error
+        except (ValueError, TypeError, IndexError, RecursionError, msgpack.UnpackException) as error:
+            what = f"{type(error).__name__} {error!s:.80}"
+            raise TraceFormatError(f"entry {len(entries)} of the block: {array!r:.80}: {what}") from error
+        if step is not None:
+            entries.append(Entry(time_ns, vcpu, step, tuple(outcome)))
+        return entries
+
+
+def _delta(time_ns: int, since: int) -> int:
+    """The difference, modulo 2^64, as the signed number of least size."""
+    delta = (time_ns - since) & MASK64
+    return delta - (1 << 64) if delta >> 63 else delta
+
+
+def _wire_type(field: FieldSpec) -> type:
+    return bool if field.type is bool else int if issubclass(field.type, int) else field.type
+
+
+def _comparable(spec: RecordSpec) -> tuple[Any, ...]:
+    return spec.kind, spec.is_step, tuple((field.name, _wire_type(field), field.role) for field in spec.fields)
+
+
+def _words(spec: RecordSpec) -> str:
+    fields = ", ".join(f"{field.name}: {_wire_type(field).__name__}" for field in spec.fields)
+    return f"{spec.kind}({fields})"
+
+
+def _make_check(types: tuple[type, ...]) -> Check:
+    """One generated expression over a record's values: about 60 ns a field."""
+    tests = [f"len(v) == {len(types)}"]
+    for index, expected in enumerate(types):
+        tests.append(f"v[{index}].__class__ is {expected.__name__}")
+        if expected is int:
+            tests.append(f"0 <= v[{index}] <= {MASK64}")
+        if expected is tuple:
+            tests.append(f"plain(v[{index}], {MAX_DEPTH})")
+    return cast("Check", eval(f"lambda v: {' and '.join(tests)}", {"plain": _is_plain}))  # noqa: S307  # types and numbers only
+
+
+def _is_plain(items: tuple[Any, ...], depth: int) -> bool:
+    """Whether a tuple holds only what msgpack carries, to `depth` levels."""
+    if len(items) > MAX_ARRAY_ITEMS:
+        return False
+    for item in items:
+        kind = item.__class__
+        if kind is tuple:
+            if not depth or not _is_plain(item, depth - 1):
+                return False
+        elif kind is int:
+            if not -(1 << 63) <= item <= MASK64:
+                return False
+        elif kind not in {str, bytes, bool}:
+            return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """An equal value of a type that travels: numbers of enumerations, tuples of named tuples."""
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, (int, str, bytes)):
+        return value
+    return int(value) if isinstance(value, int) else str(value) if isinstance(value, str) else bytes(value)
