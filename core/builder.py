@@ -23,6 +23,7 @@ from sevlab.core.vocabulary import Outcome, Record
 
 if TYPE_CHECKING:
     from sevlab.core.access import Actor
+    from sevlab.core.hypercall import HypercallOwner
     from sevlab.core.machine import Machine
 
 Registers4 = tuple[int, int, int, int]
@@ -97,6 +98,8 @@ class Slots:
     - `inject_filter(machine, vcpu, event) -> event`: which event the guest gets (EVENTINJ word, 0: none)
     - `cpuid_filter(machine, vcpu, leaf, subleaf, registers) -> registers`: last word on a CPUID answer
     - `clock(machine) -> ticks`: the time-stamp counter
+    - `hypercall(machine, vcpu, frame) -> HypercallEnd`: whose ABI VMMCALL speaks (see `core.hypercall`); none: #UD
+    - `direct_interrupt(machine, vcpu) -> vector | None`: what the hypervisor injects ahead of all interrupt controllers
     - `scheduler(machine, runnable vCPUs) -> vCPU`: who runs next
     """
 
@@ -104,6 +107,8 @@ class Slots:
         "access_check",
         "clock",
         "cpuid_filter",
+        "direct_interrupt",
+        "hypercall",
         "inject_filter",
         "key_of",
         "page_owner_changed",
@@ -120,6 +125,8 @@ class Slots:
     inject_filter: Callable[[Machine, Vcpu, int], int] | None
     cpuid_filter: Callable[[Machine, Vcpu | None, int, int, Registers4], Registers4] | None
     clock: Callable[[Machine], int] | None
+    hypercall: HypercallOwner | None
+    direct_interrupt: Callable[[Machine, Vcpu], int | None] | None
     scheduler: Callable[[Machine, tuple[Vcpu, ...]], Vcpu] | None
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from sevlab.core.cpu import (
     visible_registers,
 )
 from sevlab.core.events import CpuExit, Fault
+from sevlab.core.hypercall import HypercallEnd, HypercallFrame, code_mode
 from sevlab.core.svm import ExitCode, Vector
 from sevlab.plugins.io import interrupts, ioio, mmio
 from sevlab.plugins.io.injection import WITH_ERROR_CODE, inject_exception, inject_software
@@ -127,14 +128,15 @@ def xsetbv(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
 
 
 def vmmcall(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
-    """VMMCALL: the hypercall table decides; without one for RAX it is #UD."""
+    """VMMCALL: the owner of the slot `hypercall` answers; without one it is #UD."""
     registers = visible_registers(machine, vcpu)
-    handler = machine.tables.hypercalls.get(registers.rax & MASK32)
-    if handler is None:
+    owner = machine.slots.hypercall
+    if owner is None:
         inject_exception(machine, vcpu, Vector.UD)
         return
-    handler(machine, vcpu)
-    skip_instruction(vcpu, exit_)
+    frame = HypercallFrame(registers, cpl=vcpu.system.cpl, mode=code_mode(vcpu))
+    if owner(machine, vcpu, frame) is not HypercallEnd.PREEMPTED:
+        skip_instruction(vcpu, exit_)
 
 
 def control_register(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:

@@ -44,8 +44,11 @@ def pic_reaches(board: Devices, vcpu: Vcpu) -> bool:
     return not lint0 & LVT_MASK and lint0 >> 8 & 7 == EXTINT
 
 
-def pending(board: Devices, vcpu: Vcpu) -> bool:
+def pending(machine: Machine, board: Devices, vcpu: Vcpu) -> bool:
     """Whether any interrupt waits for `vcpu`."""
+    direct = machine.slots.direct_interrupt
+    if direct is not None and direct(machine, vcpu) is not None:
+        return True
     return board.lapics[vcpu.vcpu_id].pending() is not None or (pic_reaches(board, vcpu) and board.pics.pending())
 
 
@@ -61,11 +64,14 @@ def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
         vmcb.exit_int_info = 0
         if vmcb.event_inj:
             return
-    if not pending(board, vcpu):
+    if not pending(machine, board, vcpu):
         close_window(vcpu)
     elif can_take(vcpu):
         close_window(vcpu)
-        vector = board.lapics[vcpu.vcpu_id].acknowledge()
+        direct = machine.slots.direct_interrupt
+        vector = direct(machine, vcpu) if direct is not None else None
+        if vector is None:
+            vector = board.lapics[vcpu.vcpu_id].acknowledge()
         if vector is None:
             vector = board.pics.acknowledge()
         vmcb.event_inj = event(vector, EventType.INTERRUPT)
@@ -92,6 +98,6 @@ def wake(machine: Machine, vcpu: Vcpu) -> bool:
     if vcpu.halted:
         board = devices(machine, vcpu)
         board.tick(machine.tsc())
-        if pending(board, vcpu):
+        if pending(machine, board, vcpu):
             vcpu.halted = False
     return not vcpu.halted

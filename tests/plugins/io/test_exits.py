@@ -7,6 +7,8 @@ from sevlab.core.builder import Msr
 from sevlab.core.config import GuestConfig
 from sevlab.core.cpu import CONTROL_SEV, CONTROL_SEV_ES
 from sevlab.core.events import AdvanceClock, CpuExit, Injected, Resumed, Schedule, SetRegisters, Stopped, VmExit
+from sevlab.core.hookspecs import hookimpl
+from sevlab.core.hypercall import CodeMode, HypercallEnd, code_mode
 from sevlab.core.svm import EventType, ExitCode, Vector, event, exit_name
 from sevlab.core.testing import assert_resets, make_machine
 from sevlab.plugins import io
@@ -192,6 +194,65 @@ def test_debug_registers_keep_their_values(machine):
 
 def test_vmmcall_without_a_hypercall_is_ud(machine):
     assert leave(machine, ExitCode.VMMCALL).first(Injected) == Injected(0, event(Vector.UD, EventType.EXCEPTION))
+
+
+class Owner:
+    """A plugin that owns the hypervisor's ABI: for tests."""
+
+    def __init__(self, end, direct=None) -> None:
+        self.end, self.direct, self.seen = end, direct, []
+
+    @hookimpl
+    def sevlab_register(self, builder):
+        builder.slot("hypercall", self.call)
+        builder.slot("direct_interrupt", lambda machine, vcpu: self.direct)
+
+    def call(self, machine, vcpu, frame):
+        self.seen.append((frame.registers.rax, frame.cpl, frame.mode))
+        frame.registers.rax = 7
+        return self.end
+
+
+@pytest.mark.parametrize(("end", "rip"), [(HypercallEnd.COMPLETED, 0x1003), (HypercallEnd.PREEMPTED, 0x1000)])
+def test_vmmcall_goes_to_its_owner_and_rip_stays_when_preempted(end, rip):
+    owner = Owner(end)
+    machine = make_machine("io", given={"owner": owner}, guests=1)
+    regs = registers(machine, rip=0x1000, rax=17, cpl=3)
+    leave(machine, ExitCode.VMMCALL, insn=b"\x0f\x01\xd9")
+    assert owner.seen == [(17, 3, CodeMode.REAL)]
+    assert (regs.rax, regs.rip) == (7, rip)
+
+
+@pytest.mark.parametrize(
+    ("cr0", "rflags", "attributes", "efer", "mode"),
+    [
+        (0x10, 2, 0x93, 0x1000, CodeMode.REAL),
+        (0x11, 2 | 1 << 17, 0xF3, 0x1000, CodeMode.VM86),
+        (0x11, 2, 0x09B, 0x1000, CodeMode.BITS_16),
+        (0x11, 2, 0xC9B, 0x1000, CodeMode.BITS_32),
+        (0x8000_0011, 2, 0xA9B, 0x1100, CodeMode.BITS_64),
+        (0x8000_0011, 2, 0xC9B, 0x1100, CodeMode.BITS_32),
+        (0x11, 2, 0xA9B, 0x1100, CodeMode.BITS_16),
+    ],
+)
+def test_the_mode_of_the_calling_code(machine, cr0, rflags, attributes, efer, mode):
+    vcpu = machine.vcpus[0]
+    vcpu.system.cr0, vcpu.regs.rflags, vcpu.system.efer = cr0, rflags, efer
+    vcpu.system.cs = (8, attributes, 0xFFFF_FFFF, 0)
+    assert code_mode(vcpu) is mode
+
+
+def test_a_direct_interrupt_goes_before_the_controllers_and_ends_hlt():
+    owner = Owner(HypercallEnd.COMPLETED, direct=0xF3)
+    machine = make_machine("io", given={"owner": owner}, guests=1)
+    apic = io.devices(machine, machine.vcpus[0]).lapics[0]
+    apic.registers[0xF0] = 0x1FF
+    apic.accept(0xF8)
+    registers(machine, rip=0x1000, rflags=0x202)
+    outcome = leave(machine, ExitCode.HLT, insn=b"\xf4")
+    assert outcome.first(Injected) == Injected(0, event(0xF3, EventType.INTERRUPT))
+    owner.direct = None
+    assert machine.apply(Schedule()).first(Injected) == Injected(0, event(0xF8, EventType.INTERRUPT))
 
 
 def test_a_guests_invd_does_not_destroy_others_data():
