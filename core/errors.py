@@ -26,6 +26,18 @@ class LayoutError(SevlabError):
     """A layout is declared or used against its own rules."""
 
 
+class FormatError(SevlabError):
+    """Bytes that the user gave are not what they should be: which file, offset, field, what was expected and found."""
+
+    def __init__(self, name: str, offset: int, field: str, *, expected: str, found: str) -> None:
+        super().__init__(f"{name}: offset {offset:#x}, {field}: expected {expected}, found {found}")
+        self.name = name
+        self.offset = offset
+        self.field = field
+        self.expected = expected
+        self.found = found
+
+
 class TraceFormatError(SevlabError):
     """A trace or a record cannot be read."""
 

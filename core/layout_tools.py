@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from sevlab.core.errors import FormatError
 from sevlab.core.layout import FieldInfo, Kind, Layout
 from sevlab.core.layout_fields import VALID_BIT_SPAN_BYTES, valid_place
 
@@ -94,6 +95,36 @@ def validate(layout: type[Layout], data: bytes) -> tuple[Problem, ...]:
         if value % info.aligned:
             problems.append(Problem(name, info.offset, "aligned", value, f"a multiple of {info.aligned:#x}"))
     return tuple(problems)
+
+
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
+
+
+def read_file_part(layout: type[AnyLayout], data: bytes, name: str, offset: int = 0) -> AnyLayout:
+    """The structure at `offset` of the bytes of file `name`, which must be whole and keep every rule of its fields.
+
+    Raises `FormatError` with the file's offset, the field, what was expected and what was found.
+    """
+    part = data[offset : offset + layout.SIZE]
+    if len(part) < layout.SIZE:
+        cut = next((info for info in layout.FIELDS.values() if info.offset + info.length_bytes > len(part)), None)
+        raise FormatError(
+            name,
+            offset + len(part),
+            f"{layout.__name__}.{cut.name if cut else 'end'}",
+            expected=f"{layout.SIZE:#x} bytes from offset {offset:#x}",
+            found=f"the end of the file after {len(part):#x}",
+        )
+    for problem in validate(layout, part):
+        found = f"{problem.found:#x}"
+        raise FormatError(
+            name,
+            offset + problem.offset,
+            f"{layout.__name__}.{problem.field}",
+            expected=problem.expected,
+            found=found if len(found) < 40 else f"{found[:36]}...",
+        )
+    return layout.from_bytes(part)
 
 
 def _legal_words(info: FieldInfo) -> str:
