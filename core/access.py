@@ -70,6 +70,22 @@ class AccessKind(IntFlag):
     USER = 1 << 5
 
 
+# An operation on a flag enumeration costs ten times one on a number, and these are on the way of every access.
+_WRITE, _FETCH, _TABLE, _PRIVATE, _LARGE, _USER = (
+    int(bit)
+    for bit in (
+        AccessKind.WRITE,
+        AccessKind.FETCH,
+        AccessKind.TABLE,
+        AccessKind.PRIVATE,
+        AccessKind.LARGE,
+        AccessKind.USER,
+    )
+)
+_WALK_WRITE, _WALK_FETCH, _WALK_USER, _WALK_AC = (
+    int(bit) for bit in (WalkAccess.WRITE, WalkAccess.FETCH, WalkAccess.USER, WalkAccess.AC)
+)
+
 GPA_NONE = -1
 """The `gpa` of a host access."""
 
@@ -163,17 +179,12 @@ class Access:
         vmcb = vcpu.vmcb
         if not vmcb.encryption_control & CONTROL_NESTED_PAGING:
             return NestedTranslation(gpa, PAGE_BYTES, writable=True, no_execute=False, host_c_bit=False)
+        kind = int(kind)
         page = (vmcb.nested_cr3, gpa & -PAGE_BYTES)
         known = self._nested.get(page)
-        if (
-            known is not None
-            and (known.writable or not kind & AccessKind.WRITE)
-            and not (known.no_execute and kind & AccessKind.FETCH)
-        ):
+        if known is not None and (known.writable or not kind & _WRITE) and not (known.no_execute and kind & _FETCH):
             return known
-        access = (WalkAccess.WRITE if kind & AccessKind.WRITE else 0) | (
-            WalkAccess.FETCH if kind & AccessKind.FETCH else 0
-        )
+        access = (_WALK_WRITE if kind & _WRITE else 0) | (_WALK_FETCH if kind & _FETCH else 0)
         found = nested_walk(
             vmcb.nested_cr3,
             gpa & -PAGE_BYTES,
@@ -199,10 +210,10 @@ class Access:
         nested = self.nested(vcpu, gpa, kind, phase)
         spa = nested.spa + (gpa & PAGE_MASK)
         if nested.page_bytes > PAGE_BYTES:
-            kind |= AccessKind.LARGE
+            kind |= _LARGE
         if self._check is not None:
             self.check(vcpu, spa, gpa, kind)
-        if kind & AccessKind.PRIVATE:
+        if kind & _PRIVATE:
             return Place(spa, self.key_of(vcpu.asid, c_bit=True), vcpu.tag)
         return Place(spa, self.key_of(HOST_ASID, c_bit=True) if nested.host_c_bit else None, TAG_PUBLIC)
 
@@ -223,13 +234,14 @@ class Access:
         system = vcpu.system
         mask = self._machine.hypervisor.vms[vcpu.vm_id].c_bit_mask
         context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, mask)
+        kind = int(kind)
         access = (
-            (WalkAccess.WRITE if kind & AccessKind.WRITE else 0)
-            | (WalkAccess.FETCH if kind & AccessKind.FETCH else 0)
-            | (WalkAccess.USER if kind & AccessKind.USER else 0)
-            | (WalkAccess.AC if vcpu.regs.rflags & RFLAGS_AC else 0)
+            (_WALK_WRITE if kind & _WRITE else 0)
+            | (_WALK_FETCH if kind & _FETCH else 0)
+            | (_WALK_USER if kind & _USER else 0)
+            | (_WALK_AC if vcpu.regs.rflags & RFLAGS_AC else 0)
         )
-        table_kind = AccessKind.TABLE | (AccessKind.PRIVATE if mask else 0) | kind & AccessKind.USER
+        table_kind = _TABLE | (_PRIVATE if mask else 0) | kind & _USER
 
         def read_entry(gpa: int, width_bytes: int) -> int:
             place = self.guest_physical(vcpu, gpa, table_kind, phase=NpfError.TABLE_WALK)
@@ -241,10 +253,10 @@ class Access:
         if isinstance(found, NonCanonical):
             raise FaultUnwind(Fault(Vector.GP, 0, 0))
         for gpa, width_bytes, value in found.updates:
-            place = self.guest_physical(vcpu, gpa, table_kind | AccessKind.WRITE, phase=NpfError.TABLE_WALK)
+            place = self.guest_physical(vcpu, gpa, table_kind | _WRITE, phase=NpfError.TABLE_WALK)
             self._memory.write(place.spa, value.to_bytes(width_bytes, "little"), place.key, vcpu.tag)
-        if found.c_bit or (mask and kind & AccessKind.FETCH):
-            kind |= AccessKind.PRIVATE
+        if found.c_bit or (mask and kind & _FETCH):
+            kind |= _PRIVATE
         return found.gpa, kind
 
     def guest_read(self, vcpu: Vcpu, gva: int, length_bytes: int, kind: int = AccessKind.READ) -> bytes:

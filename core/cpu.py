@@ -30,6 +30,8 @@ CS_LONG_AND_BIG = 3 << 9
 """Bits L and D of a segment's attributes in the VMCB's format."""
 EVENTS_NOT_EXCEPTIONS = (Vector.NMI, *range(32, 256))
 
+INTERRUPT_SHADOW = 1 << 0
+"""Bit of the VMCB's interrupt state."""
 CONTROL_NESTED_PAGING = 1 << 0
 CONTROL_SEV = 1 << 1
 CONTROL_SEV_ES = 1 << 2
@@ -373,3 +375,13 @@ def visible_registers(machine: Machine, vcpu: Vcpu) -> Registers:
 def skip_instruction(vcpu: Vcpu, exit_: CpuExit) -> None:
     """Let RIP point behind the instruction: next RIP where the CPU saves it, else by the length of the bytes."""
     vcpu.regs.rip = exit_.next_rip or (vcpu.regs.rip + len(exit_.insn)) & 0xFFFF_FFFF_FFFF_FFFF
+    end_shadow(vcpu)
+
+
+def end_shadow(vcpu: Vcpu) -> None:
+    """An instruction that was executed for the guest ends the interrupt shadow of the one before it.
+
+    Source: spec 24593, 15.21.5; Linux arch/x86/kvm/svm/svm.c, svm_set_interrupt_shadow.
+    """
+    if vcpu.vmcb.interrupt_state & INTERRUPT_SHADOW:
+        vcpu.vmcb.interrupt_state &= ~INTERRUPT_SHADOW
