@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sevlab.core.cliapi import Capability, DemoChapter
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.io import exits, msrs, steps
-from sevlab.plugins.io.bus import mmio_read, mmio_write, port_in, port_out
+from sevlab.plugins.io import exits, msrs, steps, system_msrs
+from sevlab.plugins.io.bus import mmio_read, mmio_write, port_in, port_out, port_out_string
 from sevlab.plugins.io.coverage import MATRIX, Form, form_of, refusal
 from sevlab.plugins.io.decode import Insn, Undecodable, decode, effective_address
 from sevlab.plugins.io.devices import board
@@ -25,7 +25,8 @@ from sevlab.plugins.io.devices.pic import INITIALISATION
 from sevlab.plugins.io.emulate import Executed, Unsupported, execute
 from sevlab.plugins.io.execution import Bus
 from sevlab.plugins.io.feasibility import EVENTS, Way, way
-from sevlab.plugins.io.injection import combine, inject_exception, inject_software, reinjection
+from sevlab.plugins.io.injection import inject_exception, inject_software, reinjection
+from sevlab.plugins.io.interrupts import nmi_complete, wake
 from sevlab.plugins.io.layout import EventWord, IoioInfo, ioio_word
 from sevlab.plugins.io.modes import Mode, mode_of
 from sevlab.plugins.io.records import InterruptLine, MmioAccessed, PortAccessed, SerialInput, Unserved
@@ -56,7 +57,6 @@ __all__ = [
     "Unserved",
     "Unsupported",
     "Way",
-    "combine",
     "decode",
     "devices",
     "effective_address",
@@ -68,10 +68,13 @@ __all__ = [
     "mmio_read",
     "mmio_write",
     "mode_of",
+    "nmi_complete",
     "port_in",
     "port_out",
+    "port_out_string",
     "refusal",
     "reinjection",
+    "wake",
     "way",
 ]
 
@@ -80,6 +83,7 @@ __all__ = [
 def sevlab_register(builder: PluginBuilder) -> None:
     exits.register(builder)
     msrs.register(builder)
+    system_msrs.register(builder)
     steps.register(builder)
     board.register(builder)
 

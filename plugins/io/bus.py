@@ -10,18 +10,21 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from sevlab.core.access import AccessKind
+from sevlab.core.access import CPL_USER, AccessKind
 from sevlab.core.cpu import FaultUnwind
-from sevlab.core.svm import ExitCode
-from sevlab.core.units import PAGE_BYTES, PAGE_MASK
+from sevlab.core.svm import ExitCode, NpfError
+from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
 from sevlab.plugins.io.devices.registers import ones
 from sevlab.plugins.io.records import MmioAccessed, PortAccessed
 
 if TYPE_CHECKING:
-    from sevlab.core.builder import MmioWindow
+    from sevlab.core.access import Place
+    from sevlab.core.builder import MmioWindow, Port
     from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
+READ, WRITE, USER = int(AccessKind.READ), int(AccessKind.WRITE), int(AccessKind.USER)
+NPF_PRESENT = int(NpfError.P)
 MAX_WIDTH = 8
 """Widest access that a device sees; wider ones are split."""
 
@@ -33,52 +36,59 @@ class CannotServe(Exception):  # the way out of an emulation, caught in this plu
 # Ports ------------------------------------------------------------------------------------------------------------
 
 
+def _whole(machine: Machine, entry: Port, port: int, width: int) -> bool:
+    """Whether the device takes the access as one: it is wide enough, and all the ports are its own."""
+    return width <= entry.width and (width == 1 or machine.tables.ports.get(port + width - 1) is entry)
+
+
 def port_in(machine: Machine, vcpu: Vcpu, port: int, width: int) -> int:
     """Read `width` bytes (1, 2, 4) from `port`; nothing there reads all ones; zero-extended."""
     machine.fetches.point()
     entry = machine.tables.ports.get(port)
-    if entry is None:
-        value = ones(width)
-    elif width <= entry.width:
+    if entry is not None and _whole(machine, entry, port, width):
         value = entry.read(machine, vcpu, port, width) & ones(width)
     else:
-        value = sum(port_in_byte(machine, vcpu, port + n) << n * 8 for n in range(width))
+        value = sum(_byte_in(machine, vcpu, port + n & 0xFFFF) << n * 8 for n in range(width))
     machine.emit(PortAccessed(port, width, True, value, 1))
     return value
 
 
-def port_in_byte(machine: Machine, vcpu: Vcpu, port: int) -> int:
-    """One byte of an access that the device does not take whole."""
-    entry = machine.tables.ports.get(port & 0xFFFF)
-    return 0xFF if entry is None else entry.read(machine, vcpu, port & 0xFFFF, 1) & 0xFF
+def _byte_in(machine: Machine, vcpu: Vcpu, port: int) -> int:
+    """One byte of an access that no device takes whole."""
+    entry = machine.tables.ports.get(port)
+    return 0xFF if entry is None else entry.read(machine, vcpu, port, 1) & 0xFF
 
 
 def port_out(machine: Machine, vcpu: Vcpu, port: int, width: int, value: int) -> None:
     """Write `width` bytes (1, 2, 4) to `port`; nothing there drops them."""
     machine.fetches.point()
     value &= ones(width)
-    entry = machine.tables.ports.get(port)
-    if entry is not None and width <= entry.width:
-        entry.write(machine, vcpu, port, width, value)
-    elif entry is not None:
-        for n in range(width):
-            byte = machine.tables.ports.get(port + n & 0xFFFF)
-            if byte is not None:
-                byte.write(machine, vcpu, port + n & 0xFFFF, 1, value >> n * 8 & 0xFF)
+    _store(machine, vcpu, port, width, value)
     machine.emit(PortAccessed(port, width, False, value, 1))
 
 
+def _store(machine: Machine, vcpu: Vcpu, port: int, width: int, value: int) -> None:
+    entry = machine.tables.ports.get(port)
+    if entry is not None and _whole(machine, entry, port, width):
+        entry.write(machine, vcpu, port, width, value)
+        return
+    for n in range(width):
+        byte = machine.tables.ports.get(port + n & 0xFFFF)
+        if byte is not None:
+            byte.write(machine, vcpu, port + n & 0xFFFF, 1, value >> n * 8 & 0xFF)
+
+
 def port_out_string(machine: Machine, vcpu: Vcpu, port: int, width: int, data: bytes) -> None:
-    """Write the elements of a REP OUTS; a device that takes strings gets them at once."""
+    """Write the elements of a REP OUTS, one record for all; a device that takes strings gets them at once."""
     if not data:
         return
-    entry = machine.tables.ports.get(port)
-    if entry is None or entry.write_string is None or width > entry.width:
-        for start in range(0, len(data), width):
-            port_out(machine, vcpu, port, width, int.from_bytes(data[start : start + width], "little"))
-        return
     machine.fetches.point()
-    entry.write_string(machine, vcpu, port, width, data)
+    entry = machine.tables.ports.get(port)
+    if entry is not None and entry.write_string is not None and _whole(machine, entry, port, width):
+        entry.write_string(machine, vcpu, port, width, data)
+    elif entry is not None or width > 1:
+        for start in range(0, len(data), width):
+            _store(machine, vcpu, port, width, int.from_bytes(data[start : start + width], "little"))
     first = int.from_bytes(data[:width], "little")
     machine.emit(PortAccessed(port, width, False, first, len(data) // width))
 
@@ -143,75 +153,100 @@ class _PortBus:
         port_out(self.machine, self.vcpu, port, size, value)
 
 
+def map_back(machine: Machine, vcpu: Vcpu, gpa: int, error_code: int) -> bool:
+    """Map a page of the VM's memory that its nested tables lack; False if that is not what the fault is about."""
+    vm = machine.vm_of(vcpu)
+    if gpa >= vm.memory_bytes or error_code & NPF_PRESENT:
+        return False
+    page = gpa & -PAGE_BYTES
+    machine.access.nested_tables(vm).map(page, vm.memory_spa + page, PAGE_BYTES)
+    machine.access.forget()
+    return True
+
+
+Piece = tuple[int, int, "Place | None"]
+"""GPA and byte count of one page's part of an operand, and where it is in memory; None: a device."""
+
+
 class PlainBus(_PortBus):
     """Linear addresses through the guest's own page tables, to memory or to a device."""
 
-    def _pieces(self, linear: int, size: int, kind: int) -> list[tuple[int, int, int | None]]:
-        """(gpa, byte count, spa or None for a device) of each page's part."""
+    def _place(self, gpa: int, kind: int) -> Place | None:
         access, vcpu = self.machine.access, self.vcpu
-        user = AccessKind.USER if vcpu.system.cpl == 3 else AccessKind.READ
-        pieces: list[tuple[int, int, int | None]] = []
+        try:
+            return access.guest_physical(vcpu, gpa, kind)
+        except FaultUnwind as unwind:
+            fault = unwind.fault
+            if fault.vector != ExitCode.NPF:
+                raise
+            if map_back(self.machine, vcpu, gpa, fault.error_code):
+                return access.guest_physical(vcpu, gpa, kind)
+            return None
+
+    def _pieces(self, linear: int, size: int, kind: int) -> list[Piece]:
+        kind |= USER if self.vcpu.system.cpl == CPL_USER else 0
+        pieces: list[Piece] = []
         done = 0
         while done < size:
-            start = linear + done
+            start = linear + done & MASK64
             count = min(size - done, PAGE_BYTES - (start & PAGE_MASK))
-            gpa = access.guest_gpa(vcpu, start, kind | user)
-            try:
-                spa: int | None = access.guest_physical(vcpu, gpa, kind).spa
-            except FaultUnwind as unwind:
-                if unwind.fault.vector != ExitCode.NPF:
-                    raise
-                spa = None
-            pieces.append((gpa, count, spa))
+            gpa = self.machine.access.guest_gpa(self.vcpu, start, kind)
+            pieces.append((gpa, count, self._place(gpa, kind)))
             done += count
         return pieces
 
     def read(self, linear: int, size: int) -> int:
         value = done = 0
-        for gpa, count, spa in self._pieces(linear, size, AccessKind.READ):
-            if spa is None:
+        for gpa, count, place in self._pieces(linear, size, READ):
+            if place is None:
                 part = mmio_read(self.machine, self.vcpu, gpa, count)
             else:
-                part = int.from_bytes(self.machine.memory.read(spa, count, None), "little")
+                part = int.from_bytes(self.machine.memory.read(place.spa, count, place.key), "little")
             value |= part << done * 8
             done += count
         return value
 
     def write(self, linear: int, size: int, value: int) -> None:
         done = 0
-        for gpa, count, spa in self._pieces(linear, size, AccessKind.WRITE):
+        for gpa, count, place in self._pieces(linear, size, WRITE):
             part = value >> done * 8 & ones(count)
-            if spa is None:
+            if place is None:
                 mmio_write(self.machine, self.vcpu, gpa, count, part)
             else:
-                self.machine.memory.write(spa, part.to_bytes(count, "little"), None, self.vcpu.tag)
+                data = part.to_bytes(count, "little")
+                self.machine.memory.write(place.spa, data, place.key, self.vcpu.tag)
             done += count
 
     def probe(self, linear: int, size: int) -> None:
-        self._pieces(linear, size, AccessKind.WRITE)
+        self._pieces(linear, size, WRITE)
 
     def bytes_at(self, linear: int, size: int) -> bytes:
-        """Memory for a string output, at once; None of it may be a device."""
-        pieces = self._pieces(linear, size, AccessKind.READ)
-        if any(spa is None for _, _, spa in pieces):
-            return self.read(linear, size).to_bytes(size, "little")
-        return b"".join(self.machine.memory.read(spa or 0, count, None) for _, count, spa in pieces)
+        """`size` bytes for a string output, at once."""
+        return self.read(linear, size).to_bytes(size, "little")
 
 
 class SevBus(_PortBus):
-    """One operand in the page that the nested fault names; everything else of the guest is ciphertext."""
+    """One operand in the page that the nested fault names; everything else of the guest is ciphertext.
 
-    def __init__(self, machine: Machine, vcpu: Vcpu, fault_gpa: int, linear: int) -> None:
+    The first access of the instruction is the one that faulted: its linear address has the low 12 bits of the GPA.
+    Source: Linux arch/x86/kvm/x86.c, emulator_read_write_onepage (the same test before the GPA is used).
+    """
+
+    def __init__(self, machine: Machine, vcpu: Vcpu, fault_gpa: int) -> None:
         super().__init__(machine, vcpu)
-        self.page_gpa = fault_gpa & -PAGE_BYTES
-        self.linear_page = linear & -PAGE_BYTES
+        self.fault_gpa = fault_gpa
+        self.linear_page: int | None = None
 
     def _gpa(self, linear: int, size: int) -> int:
+        if self.linear_page is None:
+            if (linear ^ self.fault_gpa) & PAGE_MASK and (linear & PAGE_MASK) + size <= PAGE_BYTES:
+                raise CannotServe("the fault is not at the operand's address")
+            self.linear_page = linear & -PAGE_BYTES
         if linear & -PAGE_BYTES != self.linear_page:
             raise CannotServe("a second operand lies in encrypted memory")
         if (linear & PAGE_MASK) + size > PAGE_BYTES:
             raise CannotServe("the operand crosses a page, and only one of its pages is known")
-        return self.page_gpa | linear & PAGE_MASK
+        return self.fault_gpa & -PAGE_BYTES | linear & PAGE_MASK
 
     def read(self, linear: int, size: int) -> int:
         return mmio_read(self.machine, self.vcpu, self._gpa(linear, size), size)

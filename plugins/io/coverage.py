@@ -40,12 +40,13 @@ class Form(Enum):
     ALU_READ = "ALU operation with memory source; CMP, TEST"
     BIT = "BT, BTS, BTR, BTC"
     EXCHANGE = "XCHG, XADD"
-    CMPXCHG = "CMPXCHG, CMPXCHG8B, CMPXCHG16B"
+    CMPXCHG = "CMPXCHG, CMPXCHG8B"
+    CMPXCHG16B = "CMPXCHG16B"
     SHIFT = "shifts and rotates"
-    SIMD = "SSE moves of 16 bytes"
+    SIMD = "SSE moves: MOVUPS, MOVAPS, MOVDQU, MOVDQA, MOVNTPS, MOVNTDQ, MOVSS, MOVSD and their PD forms"
     MOVS = "MOVS, CMPS"
     STACK = "PUSH, POP, CALL, JMP with memory operand"
-    MOVDIR64B = "MOVDIR64B, ENQCMD"
+    MOVDIR64B = "MOVDIR64B"
     STRING_IO = "INS, OUTS"
     OTHER = "anything else"
 
@@ -63,7 +64,7 @@ class Row(NamedTuple):
 
 MATRIX: dict[Form, Row] = {
     Form.MOV: Row(),
-    Form.MOV_MOFFS: Row(linux_vc=NOT_DECODED),
+    Form.MOV_MOFFS: Row(linux_vc=NOT_DECODED),  # edk2 decodes A0 to A3
     Form.MOVX: Row(),
     Form.MOVSXD: Row(linux_vc=NOT_DECODED, edk2_vc=NOT_DECODED),
     Form.MOVBE: Row(linux_vc=NOT_DECODED, edk2_vc=NOT_DECODED),
@@ -75,6 +76,7 @@ MATRIX: dict[Form, Row] = {
     Form.BIT: Row(linux_vc=NOT_DECODED, edk2_vc=NOT_DECODED),
     Form.EXCHANGE: Row(linux_vc=NOT_DECODED, edk2_vc=NOT_DECODED),
     Form.CMPXCHG: Row(sev=READ_MODIFY_WRITE, linux_vc=NOT_DECODED, edk2_vc=NOT_DECODED),
+    Form.CMPXCHG16B: Row(sev=READ_MODIFY_WRITE, linux_vc=NOT_DECODED, edk2_vc=NOT_DECODED, kvm=NOT_EMULATED),
     Form.SHIFT: Row(linux_vc=NOT_DECODED, edk2_vc=NOT_DECODED),
     Form.SIMD: Row(linux_vc=NOT_DECODED, edk2_vc=NOT_DECODED),
     Form.MOVS: Row(sev=SECOND_OPERAND, edk2_vc=NOT_DECODED),
@@ -106,15 +108,15 @@ _BY_MNEMONIC: dict[str, Form] = {
     "xadd": Form.EXCHANGE,
     "cmpxchg": Form.CMPXCHG,
     "cmpxchg8b": Form.CMPXCHG,
-    "cmpxchg16b": Form.CMPXCHG,
+    "cmpxchg16b": Form.CMPXCHG16B,
     "movdir64b": Form.MOVDIR64B,
-    "enqcmd": Form.MOVDIR64B,
     "cmp": Form.ALU_READ,
     "test": Form.ALU_READ,
     **dict.fromkeys(("bt", "bts", "btr", "btc"), Form.BIT),
     **dict.fromkeys(_SHIFTS, Form.SHIFT),
     **dict.fromkeys(("push", "pop", "call", "jmp"), Form.STACK),
-    **dict.fromkeys(("movups", "movaps", "movupd", "movapd", "movdqu", "movdqa", "movntps", "movntdq"), Form.SIMD),
+    **dict.fromkeys(("movups", "movaps", "movupd", "movapd", "movdqu", "movdqa", "movss"), Form.SIMD),
+    **dict.fromkeys(("movntps", "movntpd", "movntdq"), Form.SIMD),
     **dict.fromkeys(("insb", "insw", "insd", "outsb", "outsw", "outsd"), Form.STRING_IO),
     **{f"{stem}{suffix}": form for stem, form in _STEMS.items() for suffix in "bwdq"},
 }
@@ -126,6 +128,8 @@ def form_of(insn: Insn) -> Form:
         return Form.MOV_MOFFS if "MOFFS" in insn.code else Form.MOV
     if insn.mnemonic in _ALU_WRITERS:
         return Form.ALU if insn.operands and insn.operands[0].kind == "mem" else Form.ALU_READ
+    if insn.mnemonic == "movsd" and "XMM" in insn.code:
+        return Form.SIMD  # two instructions have this name
     return _BY_MNEMONIC.get(insn.mnemonic, Form.OTHER)
 
 

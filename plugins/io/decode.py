@@ -17,9 +17,20 @@ MAX_LENGTH = 15
 
 
 class Undecodable(NamedTuple):
-    """Why there is no instruction: "no_more_bytes" (the bytes end too early) or "invalid_instruction" (#UD)."""
+    """Why there is no instruction: "no_more_bytes" (the bytes end too early) or "invalid_instruction"."""
 
     reason: str
+
+
+def too_long(data: bytes, mode: int) -> bool:
+    """Whether `data`, which does not decode, is longer than 15 bytes: #GP(0) then, #UD otherwise.
+
+    Source: spec 24594 (APM volume 3), 1.2 (instruction length) and each exception's page in 24593, 8.2.
+    """
+    iced = _names().module
+    decoder = iced.Decoder(mode, data[:MAX_LENGTH])
+    decoder.decode()
+    return len(data) >= MAX_LENGTH and decoder.last_error == iced.DecoderError.NO_MORE_BYTES
 
 
 class Operand(NamedTuple):
@@ -127,9 +138,16 @@ def _names() -> _Names:
     )
 
 
-@lru_cache(maxsize=4096)
 def decode(data: bytes, mode: int, rip: int = 0) -> Insn | Undecodable:
     """The instruction at the start of `data` (at most 15 bytes count) in a `mode`-bit code segment at `rip`."""
+    insn = _decode_at(data, mode, 0)
+    if rip and isinstance(insn, Insn) and insn.iced.is_ip_rel_memory_operand:
+        return _decode_at(data, mode, rip)
+    return insn
+
+
+@lru_cache(maxsize=4096)
+def _decode_at(data: bytes, mode: int, rip: int) -> Insn | Undecodable:
     names = _names()
     iced = names.module
     decoder = iced.Decoder(mode, data[:MAX_LENGTH], ip=rip)

@@ -27,9 +27,13 @@ class Unsupported(NamedTuple):
 
 
 class Executed(NamedTuple):
-    """Done; `elements` counts the iterations of a string instruction (1 otherwise)."""
+    """Done; `elements` counts the iterations of a string instruction (1 otherwise).
+
+    `finished` is False when a repeated instruction stopped at the caller's limit: RIP still points at it.
+    """
 
     elements: int
+    finished: bool = True
 
 
 def _move(run: Execution) -> int:
@@ -37,8 +41,22 @@ def _move(run: Execution) -> int:
     return 1
 
 
-def _move_zero(run: Execution) -> int:
-    run.put(0, run.get(1))
+def _move_aligned(run: Execution) -> int:
+    """MOVAPS and its like: a memory operand off a 16-byte boundary is #GP(0)."""
+    if run.insn.memory:
+        run.require_alignment(run.insn.memory[0], 16)
+    return _move(run)
+
+
+def _move_scalar(run: Execution) -> int:
+    """MOVSS and MOVSD: a load clears the rest of the register, a move between registers keeps it."""
+    target, source = run.insn.operands
+    size = 4 if run.insn.mnemonic == "movss" else 8
+    mask = (1 << size * 8) - 1
+    if target.kind == "reg" and source.kind == "reg":
+        run.put(0, run.get(0) & ~mask | run.get(1) & mask)
+    else:
+        run.put(0, run.get(1) & mask)
     return 1
 
 
@@ -129,6 +147,8 @@ def _compare_exchange(run: Execution) -> int:
 def _compare_exchange_pair(run: Execution) -> int:
     half = 32 if run.insn.mnemonic == "cmpxchg8b" else 64
     prefix = "E" if half == 32 else "R"
+    if half == 64:
+        run.require_alignment(run.insn.memory[0], 16)
     linear = run.linear(run.insn.memory[0])
     low = run.bus.read(linear, half // 8)
     high = run.bus.read(linear + half // 8, half // 8)
@@ -216,13 +236,20 @@ def _stack_pointer(run: Execution) -> str:
     return {16: "SP", 32: "ESP", 64: "RSP"}[run.insn.mode]
 
 
+def _stack_linear(run: Execution, offset: int) -> int:
+    return offset + run.segment_base("SS") & (MASK64 if run.insn.mode == 64 else MASK32)
+
+
+def _push_value(run: Execution, size: int, value: int) -> None:
+    stack = _stack_pointer(run)
+    top = run.register(stack) - size & (1 << run.insn.mode) - 1
+    run.bus.write(_stack_linear(run, top), size, value & (1 << size * 8) - 1)
+    write_register(run.registers, stack, top)
+
+
 def _push(run: Execution) -> int:
     size = next(operand.size for operand in run.insn.memory if "write" in operand.access)
-    value = run.get(0) & (1 << size * 8) - 1
-    stack = _stack_pointer(run)
-    top = run.register(stack) - size & MASK64
-    run.bus.write(top + run.segment_base("SS") & (MASK64 if run.insn.mode == 64 else MASK32), size, value)
-    write_register(run.registers, stack, top)
+    _push_value(run, size, run.get(0))
     return 1
 
 
@@ -230,22 +257,36 @@ def _pop(run: Execution) -> int:
     size = run.insn.operands[0].size
     stack = _stack_pointer(run)
     top = run.register(stack)
-    value = run.bus.read(top + run.segment_base("SS") & (MASK64 if run.insn.mode == 64 else MASK32), size)
-    # The address of a memory operand is computed with rSP after the pop. Source: 24594, POP.
-    write_register(run.registers, stack, top + size)
-    target = run.insn.operands[0]
-    if target.kind == "mem":
+    value = run.bus.read(_stack_linear(run, top), size)
+    if run.insn.operands[0].kind == "mem":
         place = next(operand for operand in run.insn.memory if "write" in operand.access)
+        if place.base == stack:  # the address is computed with rSP after the pop. Source: 24594, POP
+            place = place._replace(displacement=place.displacement + size)
         run.bus.write(run.linear(place), size, value)
+        write_register(run.registers, stack, top + size)
     else:
+        write_register(run.registers, stack, top + size)
         run.put(0, value)
     return 1
 
 
+def _jump(run: Execution) -> int:
+    run.next_rip = run.get(0)
+    return 1
+
+
+def _call(run: Execution) -> int:
+    target = run.get(0)
+    _push_value(run, run.insn.operands[0].size, run.next_rip)
+    run.next_rip = target
+    return 1
+
+
 def _direct_store(run: Execution) -> int:
-    """MOVDIR64B: 64 bytes from memory to the address in a register."""
+    """MOVDIR64B: 64 bytes from memory to the address in a register, which must be a multiple of 64."""
     source = next(operand for operand in run.insn.memory if "read" in operand.access)
     target = next(operand for operand in run.insn.memory if "write" in operand.access)
+    run.require_alignment(target, 64)
     chunks = [run.bus.read(run.linear(source) + offset, 8) for offset in range(0, 64, 8)]
     for index, chunk in enumerate(chunks):
         run.bus.write(run.linear(target) + index * 8, 8, chunk)
@@ -255,7 +296,7 @@ def _direct_store(run: Execution) -> int:
 ACTIONS: dict[str, Action] = {
     "mov": _move,
     "movnti": _move,
-    "movzx": _move_zero,
+    "movzx": _move,
     "movsx": _move_sign,
     "movsxd": _move_sign,
     "movbe": _move_swapped,
@@ -285,16 +326,21 @@ ACTIONS: dict[str, Action] = {
     "shld": _double_shift,
     "shrd": _double_shift,
     "arpl": _adjust_rpl,
-    **dict.fromkeys(("movups", "movaps", "movupd", "movapd", "movdqu", "movdqa", "movntps", "movntdq"), _move),
+    **dict.fromkeys(("movups", "movupd", "movdqu"), _move),
+    **dict.fromkeys(("movaps", "movapd", "movdqa", "movntps", "movntpd", "movntdq"), _move_aligned),
+    "movss": _move_scalar,
     "in": _in,
     "out": _out,
     "push": _push,
     "pop": _pop,
+    "jmp": _jump,
+    "call": _call,
     "movdir64b": _direct_store,
     **string_actions(),
 }
 """What the emulator executes, by mnemonic."""
 
+NEAR_INDIRECT = ("JMP_RM", "CALL_RM")
 OPERAND_REGISTERS = frozenset(PLACES) | {f"XMM{number}" for number in range(16)}
 
 
@@ -309,19 +355,32 @@ def supported(insn: Insn) -> str:
     ]
     if unknown:
         return f"{insn.mnemonic} with register {unknown[0]}"
-    if insn.mnemonic in ("movsd", "cmpsd") and not insn.code.startswith(("MOVSD_M32", "CMPSD_M32")):
+    if insn.mnemonic == "cmpsd" and not insn.code.startswith("CMPSD_M32"):
+        return f"no emulation of {insn.code}"
+    if insn.mnemonic in ("jmp", "call") and not insn.code.startswith(NEAR_INDIRECT):
         return f"no emulation of {insn.code}"
     return ""
 
 
-def execute(insn: Insn, registers: Registers, system: SystemRegisters, bus: Bus) -> Executed | Unsupported:
-    """Execute `insn` and move RIP behind it.
+def _action(insn: Insn) -> Action:
+    """MOVSD is two instructions of one name."""
+    if insn.mnemonic == "movsd" and not insn.code.startswith("MOVSD_M32"):
+        return _move_scalar
+    return ACTIONS[insn.mnemonic]
+
+
+def execute(
+    insn: Insn, registers: Registers, system: SystemRegisters, bus: Bus, *, max_elements: int = MASK64
+) -> Executed | Unsupported:
+    """Execute `insn` and move RIP behind it; of a repeated string instruction at most `max_elements` elements.
 
     What the bus raises passes through: then RIP stays, and of a string instruction the elements before are done.
+    A misaligned operand raises `FaultUnwind` with #GP(0) where the instruction demands alignment.
     """
     reason = supported(insn)
     if reason:
         return Unsupported(reason)
-    elements = ACTIONS[insn.mnemonic](Execution(insn, registers, system, bus))
-    registers.rip = registers.rip + insn.length & (MASK64 if insn.mode == 64 else MASK32)
-    return Executed(elements)
+    run = Execution(insn, registers, system, bus, max_elements)
+    elements = _action(insn)(run)
+    registers.rip = run.next_rip & (MASK64 if insn.mode == 64 else MASK32)
+    return Executed(elements, not run.interrupted)

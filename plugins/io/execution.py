@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from sevlab.core.cpu import Registers, SystemRegisters
+from sevlab.core.cpu import FaultUnwind, Registers, SystemRegisters
+from sevlab.core.events import Fault
+from sevlab.core.svm import Vector
+from sevlab.core.units import MASK64
 from sevlab.plugins.io.alu import Computed
 from sevlab.plugins.io.decode import Insn, MemoryOperand, effective_address
 
@@ -65,13 +68,28 @@ def write_register(registers: Registers, name: str, value: int) -> None:
 class Execution:
     """One instruction under way."""
 
-    __slots__ = ("bus", "insn", "registers", "system")
+    __slots__ = ("bus", "insn", "interrupted", "max_elements", "next_rip", "registers", "system")
 
-    def __init__(self, insn: Insn, registers: Registers, system: SystemRegisters, bus: Bus) -> None:
+    def __init__(
+        self, insn: Insn, registers: Registers, system: SystemRegisters, bus: Bus, max_elements: int = MASK64
+    ) -> None:
         self.insn = insn
         self.registers = registers
         self.system = system
         self.bus = bus
+        self.max_elements = max_elements
+        self.next_rip = registers.rip + insn.length
+        self.interrupted = False
+
+    def interrupt(self) -> None:
+        """Stop a repeated instruction between two elements, as an interrupt does: it will be executed again."""
+        self.interrupted = True
+        self.next_rip = self.registers.rip
+
+    def require_alignment(self, operand: MemoryOperand, alignment_bytes: int) -> None:
+        """Raise #GP(0) unless the operand's linear address is a multiple of `alignment_bytes`."""
+        if self.linear(operand) & alignment_bytes - 1:
+            raise FaultUnwind(Fault(Vector.GP, 0, 0))
 
     def segment_base(self, segment: str) -> int:
         """Base of a segment; ES, CS, SS, DS count as 0 in 64-bit mode."""

@@ -16,10 +16,14 @@ from sevlab.core.cpu import (
     visible_registers,
 )
 from sevlab.core.events import CpuExit, Fault
+from sevlab.core.exceptions import WITH_ERROR_CODE
 from sevlab.core.hypercall import HypercallEnd, HypercallFrame, code_mode
+from sevlab.core.paging import CR0_PG, CR4_PAE, EFER_LMA, EFER_LME
 from sevlab.core.svm import ExitCode, Vector
 from sevlab.plugins.io import interrupts, ioio, mmio
-from sevlab.plugins.io.injection import WITH_ERROR_CODE, inject_exception, inject_software
+from sevlab.plugins.io.devices.board import write_lapic
+from sevlab.plugins.io.devices.lapic import TPR
+from sevlab.plugins.io.injection import inject_exception, inject_software
 from sevlab.plugins.io.unserved import unserved
 
 if TYPE_CHECKING:
@@ -156,24 +160,30 @@ def control_register(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     general = GPR_NAMES[exit_.exit_info_1 & 0xF]
     if not write:
         setattr(registers, general, getattr(vcpu.system, name))
-    elif not _write_control(vcpu, name, getattr(registers, general)):
+    elif not _write_control(machine, vcpu, name, getattr(registers, general)):
         inject_exception(machine, vcpu, Vector.GP, 0)
         return
     skip_instruction(vcpu, exit_)
 
 
-def _write_control(vcpu: Vcpu, name: str, value: int) -> bool:
-    """Write a control register; False for #GP. Source: spec 24593, 3.1.1."""
+def _write_control(machine: Machine, vcpu: Vcpu, name: str, value: int) -> bool:
+    """Write a control register; False for #GP. CR8 is the APIC's task priority. Source: spec 24593, 3.1, 16.4.2."""
+    system = vcpu.system
     if name == "cr0":
         if (
             value & CR0_RESERVED_HIGH
             or (value & 1 << 31 and not value & 1)
             or (value & 1 << 29 and not value & 1 << 30)
+            or (value & CR0_PG and system.efer & EFER_LME and not system.cr4 & CR4_PAE)
         ):
             return False
-    elif name == "cr8" and value >> 4:
-        return False
-    setattr(vcpu.system, name, value)
+        long_mode = value & CR0_PG and system.efer & EFER_LME
+        system.efer = system.efer & ~EFER_LMA | (EFER_LMA if long_mode else 0)
+    elif name == "cr8":
+        if value >> 4:
+            return False
+        write_lapic(machine, vcpu, TPR, value << 4)
+    setattr(system, name, value)
     return True
 
 
@@ -227,6 +237,17 @@ def exception(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     inject_exception(machine, vcpu, vector, exit_.exit_info_1 & MASK32 if vector in WITH_ERROR_CODE else None)
 
 
+def icebp(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
+    """INT1: a #DB behind the instruction. Source: Xen xen/arch/x86/hvm/svm/svm.c, VMEXIT_ICEBP."""
+    skip_instruction(vcpu, exit_)
+    inject_exception(machine, vcpu, Vector.DB)
+
+
+def undefined(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
+    """The guest has no SVM of its own. Source: spec 24593, 15.4 (EFER.SVME clear: #UD)."""
+    inject_exception(machine, vcpu, Vector.UD)
+
+
 def shutdown(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     """A triple fault ends the VM."""
     machine.hypervisor.stop(machine, vcpu.vm_id, "shutdown (triple fault)")
@@ -245,6 +266,15 @@ def task_switch(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     """A task switch needs the TSS in memory and the instruction's length, which no exit gives."""
     unserved(machine, vcpu, exit_, "a task switch needs the TSS, the instruction, and a next RIP")
 
+
+SVM_INSTRUCTIONS = (
+    ExitCode.VMRUN,
+    ExitCode.VMLOAD,
+    ExitCode.VMSAVE,
+    ExitCode.STGI,
+    ExitCode.CLGI,
+    ExitCode.SKINIT,
+)
 
 EXITS: dict[int, Callable[[Machine, Vcpu, CpuExit], None]] = {
     ExitCode.CPUID: cpuid,
@@ -269,6 +299,9 @@ EXITS: dict[int, Callable[[Machine, Vcpu, CpuExit], None]] = {
     ExitCode.SHUTDOWN: shutdown,
     ExitCode.TASK_SWITCH: task_switch,
     ExitCode.VINTR: window,
+    ExitCode.IRET: interrupts.iret,
+    ExitCode.ICEBP: icebp,
+    **dict.fromkeys(SVM_INSTRUCTIONS, undefined),
     ExitCode.EFER_WRITE_TRAP: write_trap,
     ExitCode.CR0_SEL_WRITE: control_register,
     **dict.fromkeys((ExitCode.INTR, ExitCode.NMI, ExitCode.SMI, ExitCode.INIT), nothing),
@@ -298,6 +331,7 @@ DEFAULT_INTERCEPTS = (
     ExitCode.MONITOR,
     ExitCode.MWAIT,
     ExitCode.XSETBV,
+    *SVM_INSTRUCTIONS,
     ExitCode.EXCEPTION_0 + Vector.MC,
 )
 """What a hypervisor intercepts of every guest. Source: Linux arch/x86/kvm/svm/svm.c, init_vmcb."""

@@ -7,11 +7,11 @@ svm_inject_event; Linux arch/x86/kvm/svm/svm.c.
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.cpu import CONTROL_SEV_ES, leave_guest
 from sevlab.core.events import CpuExit
+from sevlab.core.exceptions import WITH_ERROR_CODE, Combined, combine
 from sevlab.core.svm import EVENT_ERROR_VALID, EVENT_VALID, EventType, ExitCode, Vector, event
 
 if TYPE_CHECKING:
@@ -19,52 +19,7 @@ if TYPE_CHECKING:
     from sevlab.core.machine import Machine
 
 
-class Severity(Enum):
-    """How an exception combines with another."""
-
-    BENIGN = 0
-    CONTRIBUTORY = 1
-    PAGE_FAULT = 2
-    DOUBLE_FAULT = 3
-
-
-CONTRIBUTORY = frozenset((Vector.DE, Vector.TS, Vector.NP, Vector.SS, Vector.GP))
-WITH_ERROR_CODE = frozenset(
-    (Vector.DF, Vector.TS, Vector.NP, Vector.SS, Vector.GP, Vector.PF, Vector.AC, Vector.CP, Vector.VC, Vector.SX)
-)
 SOFTWARE_EXCEPTIONS = frozenset((Vector.BP, Vector.OF))
-
-
-def severity(vector: int) -> Severity:
-    """The class of an exception. Source: spec 24593, table 8-5."""
-    if vector == Vector.DF:
-        return Severity.DOUBLE_FAULT
-    if vector == Vector.PF:
-        return Severity.PAGE_FAULT
-    return Severity.CONTRIBUTORY if vector in CONTRIBUTORY else Severity.BENIGN
-
-
-class Combined(Enum):
-    """What two exceptions in a row become."""
-
-    SECOND = "the second is delivered after the first"
-    DOUBLE_FAULT = "#DF"
-    TRIPLE_FAULT = "shutdown"
-
-
-COMBINATIONS: dict[tuple[Severity, Severity], Combined] = {
-    (Severity.CONTRIBUTORY, Severity.CONTRIBUTORY): Combined.DOUBLE_FAULT,
-    (Severity.PAGE_FAULT, Severity.CONTRIBUTORY): Combined.DOUBLE_FAULT,
-    (Severity.PAGE_FAULT, Severity.PAGE_FAULT): Combined.DOUBLE_FAULT,
-    (Severity.DOUBLE_FAULT, Severity.CONTRIBUTORY): Combined.TRIPLE_FAULT,
-    (Severity.DOUBLE_FAULT, Severity.PAGE_FAULT): Combined.TRIPLE_FAULT,
-    (Severity.DOUBLE_FAULT, Severity.DOUBLE_FAULT): Combined.TRIPLE_FAULT,
-}
-
-
-def combine(first: int, second: int) -> Combined:
-    """What exception `second` becomes when it hits the delivery of exception `first`."""
-    return COMBINATIONS.get((severity(first), severity(second)), Combined.SECOND)
 
 
 class Injection(NamedTuple):

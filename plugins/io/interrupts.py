@@ -4,33 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sevlab.core.cpu import CONTROL_SEV_ES
-from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, event
+from sevlab.core.cpu import CONTROL_SEV_ES, INTERRUPT_SHADOW
+from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, Vector, event
 from sevlab.plugins.io.devices.board import Devices, devices
-from sevlab.plugins.io.devices.lapic import LVT_MASK, SVR, SVR_ENABLE
+from sevlab.plugins.io.devices.lapic import LVT_MASK
 from sevlab.plugins.io.injection import reinjection
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
+    from sevlab.core.events import CpuExit
     from sevlab.core.machine import Machine
+    from sevlab.plugins.io.devices.lapic import Lapic
 
 RFLAGS_IF = 1 << 9
-SHADOW, GUEST_IF = 1 << 0, 1 << 1
-"""Bits of the VMCB's interrupt state."""
+GUEST_IF = 1 << 1
+"""Bit of the VMCB's interrupt state."""
 V_IRQ = 1 << 8
 V_IGNORE_TPR = 1 << 20
 LVT_LINT0 = 0x350
 EXTINT = 7
 
 
-def can_take(vcpu: Vcpu) -> bool:
-    """Whether the guest takes an interrupt now: IF set and no shadow. Encrypted guests show IF in the VMCB only."""
-    state = vcpu.vmcb.interrupt_state
-    if state & SHADOW:
-        return False
+def interrupts_enabled(vcpu: Vcpu) -> bool:
+    """RFLAGS.IF; of an encrypted guest only the VMCB shows it."""
     if vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
-        return bool(state & GUEST_IF)
+        return bool(vcpu.vmcb.interrupt_state & GUEST_IF)
     return bool(vcpu.regs.rflags & RFLAGS_IF)
+
+
+def can_take(vcpu: Vcpu) -> bool:
+    """Whether the guest takes an interrupt now: IF set and no shadow."""
+    return not vcpu.vmcb.interrupt_state & INTERRUPT_SHADOW and interrupts_enabled(vcpu)
 
 
 def pic_reaches(board: Devices, vcpu: Vcpu) -> bool:
@@ -38,7 +42,7 @@ def pic_reaches(board: Devices, vcpu: Vcpu) -> bool:
     if vcpu.vcpu_id != board.boot_vcpu:
         return False
     apic = board.lapics[vcpu.vcpu_id]
-    if not apic.register(SVR) & SVR_ENABLE:
+    if not apic.enabled:
         return True
     lint0 = apic.register(LVT_LINT0)
     return not lint0 & LVT_MASK and lint0 >> 8 & 7 == EXTINT
@@ -53,10 +57,10 @@ def pending(machine: Machine, board: Devices, vcpu: Vcpu) -> bool:
 
 
 def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
-    """Before VMRUN: put back an interrupted event, else inject the highest interrupt or open a window for it."""
+    """Before VMRUN: put back an interrupted event, else inject an NMI or the highest interrupt, or open a window."""
     vmcb = vcpu.vmcb
     board = devices(machine, vcpu)
-    board.tick(machine.tsc())
+    board.tick(machine)
     if vmcb.event_inj & EVENT_VALID:
         return
     if vmcb.exit_int_info:
@@ -64,6 +68,9 @@ def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
         vmcb.exit_int_info = 0
         if vmcb.event_inj:
             return
+    apic = board.lapics[vcpu.vcpu_id]
+    if apic.nmi_pending and _inject_nmi(vcpu, apic):
+        return
     if not pending(machine, board, vcpu):
         close_window(vcpu)
     elif can_take(vcpu):
@@ -71,12 +78,47 @@ def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
         direct = machine.slots.direct_interrupt
         vector = direct(machine, vcpu) if direct is not None else None
         if vector is None:
-            vector = board.lapics[vcpu.vcpu_id].acknowledge()
+            vector = apic.acknowledge()
         if vector is None:
             vector = board.pics.acknowledge()
         vmcb.event_inj = event(vector, EventType.INTERRUPT)
     else:
         open_window(vcpu)
+
+
+# NMI --------------------------------------------------------------------------------------------------------------
+
+
+def _inject_nmi(vcpu: Vcpu, apic: Lapic) -> bool:
+    """Inject the NMI that waits, unless one is being handled; its IRET, intercepted, opens the window again."""
+    encrypted = vcpu.vmcb.encryption_control & CONTROL_SEV_ES
+    if apic.nmi_iret_rip >= 0 and not encrypted and vcpu.regs.rip != apic.nmi_iret_rip:
+        apic.nmi_blocked, apic.nmi_iret_rip = False, -1  # the IRET is done
+    if apic.nmi_blocked or vcpu.vmcb.interrupt_state & INTERRUPT_SHADOW:
+        return False
+    apic.nmi_pending, apic.nmi_blocked = False, True
+    vcpu.vmcb.event_inj = event(Vector.NMI, EventType.NMI)
+    if not encrypted:
+        vcpu.vmcb.intercept(ExitCode.IRET)
+    return True
+
+
+def iret(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
+    """IRET at the end of an NMI's handler: NMIs are open again once the guest has executed it.
+
+    Source: Linux arch/x86/kvm/svm/svm.c, iret_interception.
+    """
+    vcpu.vmcb.intercepts &= ~(1 << ExitCode.IRET)
+    devices(machine, vcpu).lapics[vcpu.vcpu_id].nmi_iret_rip = vcpu.regs.rip
+
+
+def nmi_complete(machine: Machine, vcpu: Vcpu) -> None:
+    """An encrypted guest says that its NMI is handled: no intercepted IRET would show it."""
+    apic = devices(machine, vcpu).lapics[vcpu.vcpu_id]
+    apic.nmi_blocked, apic.nmi_iret_rip = False, -1
+
+
+# Windows and sleep ------------------------------------------------------------------------------------------------
 
 
 def open_window(vcpu: Vcpu) -> None:
@@ -94,10 +136,12 @@ def close_window(vcpu: Vcpu) -> None:
 
 
 def wake(machine: Machine, vcpu: Vcpu) -> bool:
-    """End HLT if an interrupt waits; True if the vCPU runs."""
+    """End HLT if an NMI or an interrupt that the guest takes waits; True if the vCPU runs."""
     if vcpu.halted:
         board = devices(machine, vcpu)
-        board.tick(machine.tsc())
-        if pending(machine, board, vcpu):
+        board.tick(machine)
+        apic = board.lapics[vcpu.vcpu_id]
+        nmi = apic.nmi_pending and not apic.nmi_blocked
+        if not apic.waits_for_startup and (nmi or (interrupts_enabled(vcpu) and pending(machine, board, vcpu))):
             vcpu.halted = False
     return not vcpu.halted

@@ -13,7 +13,7 @@ from sevlab.core.cpu import FaultUnwind, skip_instruction, visible_registers
 from sevlab.plugins.io.alu import DF
 from sevlab.plugins.io.bus import PlainBus, port_in, port_out, port_out_string
 from sevlab.plugins.io.execution import read_register, write_register
-from sevlab.plugins.io.injection import inject_exception
+from sevlab.plugins.io.mmio import reflect
 from sevlab.plugins.io.modes import Mode, mode_of
 from sevlab.plugins.io.strings import COUNTERS, SOURCES, TARGETS
 from sevlab.plugins.io.unserved import unserved
@@ -45,10 +45,9 @@ def handle(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
         try:
             finished = _string(machine, vcpu, registers, info)
         except FaultUnwind as unwind:
-            vcpu.system.cr2 = unwind.fault.address
-            inject_exception(machine, vcpu, unwind.fault.vector, unwind.fault.error_code)
+            reflect(machine, vcpu, exit_, unwind.fault)
             return
-        if finished:
+        if finished and not vcpu.stopped:
             skip_instruction(vcpu, next_rip)
         return
     port = info >> 16 & 0xFFFF
@@ -88,9 +87,14 @@ def _string(machine: Machine, vcpu: Vcpu, registers: Registers, info: int) -> bo
 
     contiguous = not backwards and start + count * width - 1 <= limit
     if not info & IN and contiguous and count > 1:
-        port_out_string(machine, vcpu, port, width, bus.bytes_at(linear(start), count * width))
-        commit(count)
-        return count == wanted
+        try:
+            data = bus.bytes_at(linear(start), count * width)
+        except FaultUnwind:
+            pass  # some page is missing: the elements before it go out one by one
+        else:
+            port_out_string(machine, vcpu, port, width, data)
+            commit(count)
+            return count == wanted
     for index in range(count):
         place = linear(start + (-index if backwards else index) * width)
         try:

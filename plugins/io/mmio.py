@@ -10,27 +10,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sevlab.core.access import AccessKind
-from sevlab.core.cpu import INSN_BYTES_MAX, FaultUnwind, Registers, visible_registers
-from sevlab.core.state import capture, restore
-from sevlab.core.svm import NpfError, Vector
-from sevlab.core.units import PAGE_BYTES
-from sevlab.plugins.io.bus import CannotServe, PlainBus, SevBus, window_at
+from sevlab.core.access import CPL_USER, AccessKind
+from sevlab.core.cpu import INSN_BYTES_MAX, FaultUnwind, end_shadow, visible_registers
+from sevlab.core.svm import ExitCode, NpfError, Vector
+from sevlab.core.units import PAGE_BYTES, PAGE_MASK
+from sevlab.plugins.io.bus import CannotServe, PlainBus, SevBus, map_back, window_at
 from sevlab.plugins.io.coverage import refusal
-from sevlab.plugins.io.decode import Insn, Undecodable, decode
+from sevlab.plugins.io.decode import Insn, Undecodable, decode, too_long
 from sevlab.plugins.io.emulate import Unsupported, execute
-from sevlab.plugins.io.execution import Execution
 from sevlab.plugins.io.injection import inject_exception
 from sevlab.plugins.io.modes import Mode, mode_of
 from sevlab.plugins.io.unserved import unserved
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
-    from sevlab.core.events import CpuExit
+    from sevlab.core.events import CpuExit, Fault
     from sevlab.core.machine import Machine
 
 CR4_SMEP, CR4_SMAP = 1 << 20, 1 << 21
 CS_LONG, CS_BIG = 1 << 9, 1 << 10
+NO_OPERAND = int(NpfError.TABLE_WALK | NpfError.ID)
+TRUNCATED = Undecodable("no_more_bytes")
 MAX_ELEMENTS = 1024
 """Elements of a repeated instruction that one exit serves; the guest then executes it again for the rest."""
 
@@ -45,89 +45,102 @@ def code_bits(vcpu: Vcpu) -> int:
 
 def handle(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     """Serve a nested page fault."""
-    gpa, error = exit_.exit_info_2, exit_.exit_info_1
-    vm = machine.vm_of(vcpu)
-    if gpa < vm.memory_bytes and not error & NpfError.P:
-        page = gpa & -PAGE_BYTES
-        machine.access.nested_tables(vm).map(page, vm.memory_spa + page, PAGE_BYTES)
-        machine.access.forget()
+    error = exit_.exit_info_1
+    if map_back(machine, vcpu, exit_.exit_info_2, error):
         return
-    if error & (NpfError.TABLE_WALK | NpfError.ID):
+    if error & NO_OPERAND:
         return  # no operand to emulate: the guest tries again
     mode = mode_of(vcpu)
     if mode is Mode.SEV_ES:
         return  # no decoding is ever possible; the guest tries again and gets #VC when the page is marked MMIO
-    data = exit_.insn or (fetch(machine, vcpu) if mode is Mode.PLAIN else b"")
+    data = exit_.insn
+    if not data and mode is Mode.PLAIN:
+        data = fetch(machine, vcpu)
     if not data:
         _no_bytes(machine, vcpu, exit_)
         return
-    insn = decode(data, code_bits(vcpu), vcpu.regs.rip)
-    if isinstance(insn, Undecodable):
-        inject_exception(machine, vcpu, Vector.UD)
-        return
-    emulate(machine, vcpu, exit_, insn)
-
-
-def fetch(machine: Machine, vcpu: Vcpu) -> bytes:
-    """The bytes at RIP as the hypervisor reads them: up to 15, fewer before an unmapped page."""
-    base = 0 if code_bits(vcpu) == 64 else vcpu.system.cs[3]
-    linear = base + vcpu.regs.rip
-    out = b""
-    for count in (INSN_BYTES_MAX, PAGE_BYTES - (linear & PAGE_BYTES - 1)):
-        try:
-            out = machine.access.guest_read(vcpu, linear, min(count, INSN_BYTES_MAX), AccessKind.FETCH)
-            break
-        except FaultUnwind:
-            continue  # the second page may be missing; the instruction may end in the first
-    return out
-
-
-def _no_bytes(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
-    """An SEV guest without instruction bytes: erratum 1096 where SMAP explains it, else #UD."""
-    cr4, cpl = vcpu.system.cr4, vcpu.system.cpl
-    if mode_of(vcpu) is Mode.PLAIN:
-        unserved(machine, vcpu, exit_, "the instruction cannot be fetched")
-    elif cr4 & CR4_SMAP and (not cr4 & CR4_SMEP or cpl == 3):
-        if cpl == 3:
-            inject_exception(machine, vcpu, Vector.GP, 0)
-        else:
-            machine.hypervisor.stop(machine, vcpu.vm_id, "triple fault: erratum 1096 left no instruction bytes")
+    bits = code_bits(vcpu)
+    insn = decode(data, bits, vcpu.regs.rip)
+    if insn == TRUNCATED and mode is Mode.PLAIN:
+        data = fetch(machine, vcpu)  # decode assist stops at the end of a page
+        insn = decode(data, bits, vcpu.regs.rip)
+    if isinstance(insn, Insn):
+        emulate(machine, vcpu, exit_, insn)
+    elif insn == TRUNCATED:
+        unserved(machine, vcpu, exit_, "the instruction's bytes are not complete")
+    elif too_long(data, bits):
+        inject_exception(machine, vcpu, Vector.GP, 0)
     else:
         inject_exception(machine, vcpu, Vector.UD)
 
 
+def fetch(machine: Machine, vcpu: Vcpu) -> bytes:
+    """The bytes at RIP as the hypervisor reads them: 15, or what there is before an unmapped page."""
+    wide = code_bits(vcpu) == 64
+    linear = vcpu.regs.rip if wide else vcpu.system.cs[3] + vcpu.regs.rip & 0xFFFF_FFFF
+    before_next_page = PAGE_BYTES - (linear & PAGE_MASK)
+    for count in (INSN_BYTES_MAX, min(INSN_BYTES_MAX, before_next_page)):
+        try:
+            return machine.access.guest_read(vcpu, linear, count, AccessKind.FETCH)
+        except FaultUnwind:
+            continue  # the second page may be missing, and the instruction may end in the first
+    return b""
+
+
+def _no_bytes(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
+    """No instruction bytes: erratum 1096 where SMAP explains it; else the guest tries again.
+
+    The microcode reads the bytes as a data load at CPL 0, which SMAP stops. Nothing that could be injected at CPL 0
+    would fit the guest's page tables. Source: AMD revision guide for family 17h, erratum 1096; Linux
+    arch/x86/kvm/svm/svm.c, svm_check_emulate_instruction.
+    """
+    if mode_of(vcpu) is Mode.PLAIN:
+        unserved(machine, vcpu, exit_, "the instruction cannot be fetched")
+        return
+    cr4, user = vcpu.system.cr4, vcpu.system.cpl == CPL_USER
+    if cr4 & CR4_SMAP and (not cr4 & CR4_SMEP or user):
+        if user:
+            inject_exception(machine, vcpu, Vector.GP, 0)
+        else:
+            machine.hypervisor.stop(machine, vcpu.vm_id, "triple fault: erratum 1096 left no instruction bytes")
+
+
 def emulate(machine: Machine, vcpu: Vcpu, exit_: CpuExit, insn: Insn) -> None:
-    """Execute `insn` for the guest; a fault of its own becomes an exception, and the registers stay."""
+    """Execute `insn` for the guest; a fault of its own becomes an exception, and RIP stays."""
     registers = visible_registers(machine, vcpu)
     mode = mode_of(vcpu)
     reason = refusal(insn, mode)
     if reason:
         unserved(machine, vcpu, exit_, reason)
         return
-    if mode is Mode.SEV:
-        run = Execution(insn, registers, vcpu.system, PlainBus(machine, vcpu))
-        linear = run.linear(insn.memory[0]) if insn.memory else 0
-        bus: PlainBus | SevBus = SevBus(machine, vcpu, exit_.exit_info_2, linear)
-    else:
-        bus = PlainBus(machine, vcpu)
-    scratch = restore(Registers(), capture(registers))
+    bus = SevBus(machine, vcpu, exit_.exit_info_2) if mode is Mode.SEV else PlainBus(machine, vcpu)
     try:
-        result = execute(insn, scratch, vcpu.system, bus)
+        result = execute(insn, registers, vcpu.system, bus, max_elements=MAX_ELEMENTS)
     except FaultUnwind as unwind:
-        if insn.prefixes:
-            scratch.rip = registers.rip
-            restore(registers, capture(scratch))  # the elements before the fault are done
-        if unwind.fault.vector == Vector.PF:
-            vcpu.system.cr2 = unwind.fault.address
-        inject_exception(machine, vcpu, unwind.fault.vector, unwind.fault.error_code)
+        reflect(machine, vcpu, exit_, unwind.fault)
         return
     except CannotServe as cannot:
         unserved(machine, vcpu, exit_, str(cannot))
         return
     if isinstance(result, Unsupported):
         unserved(machine, vcpu, exit_, result.reason)
+    else:
+        end_shadow(vcpu)
+
+
+def reflect(machine: Machine, vcpu: Vcpu, exit_: CpuExit, fault: Fault) -> None:
+    """What becomes of a fault that an emulated access met.
+
+    The guest's own fault goes to the guest. A nested one can only be about its page tables: memory that is mapped
+    again, and then the guest executes the instruction again; or tables where there is no memory.
+    """
+    if fault.vector == ExitCode.NPF:
+        if not map_back(machine, vcpu, fault.address, fault.error_code):
+            unserved(machine, vcpu, exit_, "the guest's page tables lie outside its memory")
         return
-    restore(registers, capture(scratch))
+    if fault.vector == Vector.PF:
+        vcpu.system.cr2 = fault.address
+    inject_exception(machine, vcpu, fault.vector, fault.error_code)
 
 
 def is_device(machine: Machine, gpa: int) -> bool:

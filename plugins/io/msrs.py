@@ -11,7 +11,8 @@ from sevlab.core.builder import Msr
 from sevlab.core.events import Fault
 from sevlab.core.svm import Vector
 from sevlab.plugins.io.devices import lapic
-from sevlab.plugins.io.devices.board import devices, read_lapic, send_ipi, write_lapic
+from sevlab.plugins.io.devices.board import devices, read_lapic, write_lapic
+from sevlab.plugins.io.devices.messages import send_ipi
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
@@ -70,7 +71,10 @@ def read_base(machine: Machine, vcpu: Vcpu | None, _msr: int) -> int | Fault:
 
 
 def write_base(machine: Machine, vcpu: Vcpu | None, _msr: int, value: int) -> Fault | None:
-    """APIC_BASE: x2APIC needs the APIC enabled, and only switching it off leaves x2APIC. The window stays put."""
+    """APIC_BASE: x2APIC needs the APIC enabled, and only switching it off leaves x2APIC. The window stays put.
+
+    Source: spec 24593, 16.9 (figure 16-32, transitions between the modes).
+    """
     apic = _apic(machine, vcpu)
     if apic is None or value >> 48:
         return GP

@@ -41,7 +41,7 @@ def interrupt_line(machine: Machine, step: InterruptLine) -> None:
         return
     board = _board(machine, step.vm)
     if board is not None:
-        board.set_irq(step.irq, level=step.level)
+        board.set_irq(machine, step.irq, level=step.level)
         _wake(machine, step.vm)
         machine.emit(Done())
 
@@ -51,6 +51,6 @@ def serial_input(machine: Machine, step: SerialInput) -> None:
     board = _board(machine, step.vm)
     if board is not None:
         board.uart.receive(step.data)
-        board.set_irq(uart.COM1_IRQ, level=board.uart.interrupt)
+        board.set_irq(machine, uart.COM1_IRQ, level=board.uart.interrupt)
         _wake(machine, step.vm)
         machine.emit(Done())

@@ -30,6 +30,9 @@ def _string(
         repeated = bool(insn.prefixes)
         done = 0
         while not repeated or run.register(counter):
+            if done == run.max_elements:
+                run.interrupt()
+                break
             element(run, size)
             step = -size if run.registers.rflags & DF else size
             for names in pointers:

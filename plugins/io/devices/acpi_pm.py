@@ -46,9 +46,10 @@ class AcpiPm(Stateful):
 
     def write(self, offset: int, width: int, value: int) -> None:
         """Write at `offset`; only whole 16-bit registers are written."""
-        if width < 2:
-            return
-        value &= 0xFFFF
+        for at in range(0, width - 1, 2):
+            self._write_register(offset + at, value >> at * 8 & 0xFFFF)
+
+    def _write_register(self, offset: int, value: int) -> None:
         if offset == STATUS:
             self.status &= ~value
         elif offset == ENABLE:

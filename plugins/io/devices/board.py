@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, cast
 
 from sevlab.core.builder import MmioWindow, Port
 from sevlab.core.state import StateDict, Stateful, new
-from sevlab.plugins.io.devices import acpi_pm, debug, fw_cfg, ioapic, lapic, pci, pic, pit, rtc, uart
+from sevlab.plugins.io.devices import acpi_pm, debug, fw_cfg, ioapic, lapic, messages, pci, pic, pit, rtc, uart
+from sevlab.plugins.io.devices.registers import ones
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
@@ -34,26 +35,47 @@ class Devices(Stateful):
     lapics: StateDict[int, lapic.Lapic] = new(StateDict)
     """By vCPU id."""
     boot_vcpu: int = 0
+    rtc_line: bool = False
 
-    def set_irq(self, irq: int, *, level: bool) -> None:
+    def set_irq(self, machine: Machine, irq: int, *, level: bool) -> None:
         """Interrupt line `irq` (0 to 15) has this level, at the PICs and at the I/O APIC."""
         self.pics.set_line(irq, level=level)
         pin = PIT_IOAPIC_PIN if irq == pit.PIT_IRQ else irq
-        self.ioapic.set_line(pin, level=level, deliver=self.deliver)
+        self.ioapic.set_line(pin, level=level, deliver=self.router(machine))
 
-    def deliver(self, vector: int, destination: int, level: bool) -> None:  # noqa: FBT001  # the I/O APIC's signature
-        """A message on the APIC bus; destination FFh is everybody."""
-        for apic in self.lapics.values():
-            if destination in (apic.apic_id, 0xFF):
-                apic.accept(vector, level=level)
+    def router(self, machine: Machine) -> Callable[[int], None]:
+        """What the I/O APIC calls with a redirection entry."""
+        return lambda entry: messages.deliver(
+            machine,
+            self,
+            messages.Message(
+                entry & 0xFF,
+                entry >> 8 & 7,
+                entry >> 56,
+                bool(entry & messages.LOGICAL),
+                bool(entry & ioapic.LEVEL),
+            ),
+        )
 
-    def tick(self, tsc: int) -> None:
-        """Let what is due at `tsc` happen."""
+    def tick(self, machine: Machine) -> None:
+        """Let what is due happen."""
+        tsc = machine.tsc()
         if self.pit.due(tsc):
-            self.set_irq(pit.PIT_IRQ, level=False)
-            self.set_irq(pit.PIT_IRQ, level=True)
+            self.set_irq(machine, pit.PIT_IRQ, level=False)
+            self.set_irq(machine, pit.PIT_IRQ, level=True)
+        if self.rtc.tick(tsc) != self.rtc_line:
+            self.rtc_line = not self.rtc_line
+            self.set_irq(machine, rtc.RTC_IRQ, level=self.rtc_line)
         for apic in self.lapics.values():
             apic.tick(tsc)
+
+    def next_event(self, tsc: int) -> int | None:
+        """The TSC at which the next timer interrupts; None: time alone changes nothing.
+
+        For whoever runs real guests: with every vCPU asleep, the clock may be advanced to there.
+        """
+        times = [self.pit.next_event(), self.rtc.next_event(tsc), *(apic.next_event() for apic in self.lapics.values())]
+        return min((time for time in times if time is not None), default=None)
 
 
 class IoState(Stateful):
@@ -114,8 +136,8 @@ def register(builder: PluginBuilder) -> None:
     for port in (*range(pit.PIT_PORT, pit.PIT_PORT + 4), pit.GATE_PORT):
         builder.ports.add(port, timer)
     clock = Port(
-        lambda m, v, port, _: devices(m, v).rtc.read(port, m.tsc()),
-        lambda m, v, port, _, value: devices(m, v).rtc.write(port, value),
+        _read_rtc,
+        lambda m, v, port, _, value: devices(m, v).rtc.write(port, value, m.tsc()),
         1,
     )
     builder.ports.add(rtc.RTC_PORT, clock)
@@ -129,7 +151,9 @@ def register(builder: PluginBuilder) -> None:
     says = Port(lambda m, v, port, _: devices(m, v).debug.read(port), _write_debug, 1, _write_console_string)
     for port in (debug.POST_PORT, debug.CONSOLE_PORT):
         builder.ports.add(port, says)
-    builder.ports.add(debug.EXIT_PORT, says._replace(width=4, write_string=None))
+    leaves = says._replace(width=debug.EXIT_BYTES, write_string=None)
+    for port in range(debug.EXIT_PORT, debug.EXIT_PORT + debug.EXIT_BYTES):
+        builder.ports.add(port, leaves)
     firmware = Port(lambda m, v, port, width: devices(m, v).fw_cfg.read(port, width), _write_fw_cfg)
     for port in range(fw_cfg.SELECTOR_PORT, fw_cfg.DMA_PORT + 8):
         builder.ports.add(port, firmware)
@@ -152,7 +176,7 @@ def _register_windows(builder: PluginBuilder) -> None:
         )
     )
     builder.mmio(
-        MmioWindow(lapic.LAPIC_GPA, lapic.LAPIC_BYTES, _words(read_lapic), _store_words(write_lapic)),
+        MmioWindow(lapic.LAPIC_GPA, lapic.LAPIC_BYTES, _words(_read_apic_window), _store_words(_write_apic_window)),
     )
     builder.mmio(
         MmioWindow(
@@ -169,14 +193,14 @@ WordWrite = Callable[["Machine", "Vcpu", int, int], None]
 
 
 def _words(read: WordRead) -> Callable[[Machine, Vcpu, int, int], int]:
-    """A window of 32-bit registers: a narrower read takes part of a register, a wider one the next as well."""
+    """A window of 32-bit registers: a narrower read takes part of a register, a wider one what follows as well."""
 
     def windowed(machine: Machine, vcpu: Vcpu, offset: int, width: int) -> int:
         first = offset & ~3
-        value = read(machine, vcpu, first)
-        if offset + width > first + 4:
-            value |= read(machine, vcpu, first + 4) << 32
-        return value >> (offset - first) * 8 & (1 << width * 8) - 1
+        value = 0
+        for place in range(first, offset + width, 4):
+            value |= read(machine, vcpu, place) << (place - first) * 8
+        return value >> (offset - first) * 8 & ones(width)
 
     return windowed
 
@@ -199,25 +223,31 @@ def _store_words(write: WordWrite) -> Callable[[Machine, Vcpu, int, int, int], N
 def _read_uart(machine: Machine, vcpu: Vcpu, port: int, _width: int) -> int:
     board = devices(machine, vcpu)
     value = board.uart.read(port & 7)
-    board.set_irq(uart.COM1_IRQ, level=board.uart.interrupt)
+    board.set_irq(machine, uart.COM1_IRQ, level=board.uart.interrupt)
     return value
 
 
 def _write_uart(machine: Machine, vcpu: Vcpu, port: int, _width: int, value: int) -> None:
     board = devices(machine, vcpu)
     board.uart.write(port & 7, value)
-    board.set_irq(uart.COM1_IRQ, level=board.uart.interrupt)
+    board.set_irq(machine, uart.COM1_IRQ, level=board.uart.interrupt)
 
 
 def _write_uart_string(machine: Machine, vcpu: Vcpu, port: int, width: int, data: bytes) -> None:
     board = devices(machine, vcpu)
-    if port & 7 or width != 1 or board.uart.lcr & uart.LCR_DLAB or board.uart.mcr & uart.MCR_LOOP:
-        for start in range(0, len(data), width):
-            _write_uart(machine, vcpu, port, width, int.from_bytes(data[start : start + width], "little"))
+    if port & 7 or not board.uart.connected:
+        for byte in data:
+            _write_uart(machine, vcpu, port, width, byte)
         return
-    board.uart.output += data
-    board.uart.thre_pending = True
-    board.set_irq(uart.COM1_IRQ, level=board.uart.interrupt)
+    board.uart.send(data)
+    board.set_irq(machine, uart.COM1_IRQ, level=board.uart.interrupt)
+
+
+def _read_rtc(machine: Machine, vcpu: Vcpu, port: int, _width: int) -> int:
+    board = devices(machine, vcpu)
+    value = board.rtc.read(port, machine.tsc())
+    board.tick(machine)  # reading status C lowers the line
+    return value
 
 
 # What a write does beyond the device ------------------------------------------------------------------------------
@@ -226,14 +256,14 @@ def _write_uart_string(machine: Machine, vcpu: Vcpu, port: int, width: int, data
 def _write_debug(machine: Machine, vcpu: Vcpu, port: int, _width: int, value: int) -> None:
     board = devices(machine, vcpu)
     board.debug.write(port, value)
-    if port == debug.EXIT_PORT:
+    if debug.EXIT_PORT <= port < debug.EXIT_PORT + debug.EXIT_BYTES:
         machine.hypervisor.stop(machine, vcpu.vm_id, f"debug exit with status {board.debug.exit_status}")
 
 
 def _write_console_string(machine: Machine, vcpu: Vcpu, port: int, width: int, data: bytes) -> None:
     board = devices(machine, vcpu)
     if port == debug.CONSOLE_PORT and width == 1:
-        board.debug.console += data
+        board.debug.text.append(data)
     elif data:
         board.debug.write(port, data[-width])
 
@@ -253,14 +283,14 @@ def _write_fw_cfg(machine: Machine, vcpu: Vcpu, port: int, width: int, value: in
         if window is None:
             return
         control = device.transfer(
-            fw_cfg.DmaDescriptor.snapshot(window), lambda at, data: _store(machine, vcpu, at, data)
+            fw_cfg.DmaDescriptor.snapshot(window), lambda at, data: _write_memory(machine, vcpu, at, data)
         )
         window.write(0, control.to_bytes(4, "big"))
 
     device.write(port, width, value, dma)
 
 
-def _store(machine: Machine, vcpu: Vcpu, gpa: int, data: bytes) -> bool:
+def _write_memory(machine: Machine, vcpu: Vcpu, gpa: int, data: bytes) -> bool:
     """The device's write to guest memory, as the hypervisor reaches it."""
     window = machine.access.shared_window(vcpu, gpa, len(data))
     if window is None:
@@ -274,62 +304,42 @@ def _store(machine: Machine, vcpu: Vcpu, gpa: int, data: bytes) -> bool:
 
 def _write_ioapic(machine: Machine, vcpu: Vcpu, offset: int, value: int) -> None:
     board = devices(machine, vcpu)
-    board.ioapic.write(offset, value, board.deliver)
+    board.ioapic.write(offset, value, board.router(machine))
+
+
+REGISTER_SPACING = 16
+"""The APIC's registers lie 16 bytes apart; the 12 bytes behind each are nothing."""
+
+
+def _read_apic_window(machine: Machine, vcpu: Vcpu, offset: int) -> int:
+    """In x2APIC mode, or with the APIC off, there is nothing at its window."""
+    if not devices(machine, vcpu).lapics[vcpu.vcpu_id].mapped:
+        return ones(4)
+    return 0 if offset % REGISTER_SPACING else read_lapic(machine, vcpu, offset)
+
+
+def _write_apic_window(machine: Machine, vcpu: Vcpu, offset: int, value: int) -> None:
+    if devices(machine, vcpu).lapics[vcpu.vcpu_id].mapped and not offset % REGISTER_SPACING:
+        write_lapic(machine, vcpu, offset, value)
 
 
 def read_lapic(machine: Machine, vcpu: Vcpu, offset: int) -> int:
-    """Read the vCPU's own APIC; registers lie 16 bytes apart."""
-    return devices(machine, vcpu).lapics[vcpu.vcpu_id].read(offset & 0xFF0, machine.tsc())
+    """Read the register at `offset` of the vCPU's own APIC."""
+    return devices(machine, vcpu).lapics[vcpu.vcpu_id].read(offset, machine.tsc())
 
 
 def write_lapic(machine: Machine, vcpu: Vcpu, offset: int, value: int) -> None:
-    """Write the vCPU's own APIC; EOI and the command register reach beyond it."""
+    """Write the register at `offset` of the vCPU's own APIC; EOI, task priority and the command reach beyond it."""
     board = devices(machine, vcpu)
     apic = board.lapics[vcpu.vcpu_id]
-    offset &= 0xFF0
     if offset == lapic.EOI:
         vector = apic.end_of_interrupt()
         if vector is not None and apic.tmr >> vector & 1:
-            board.ioapic.end_of_interrupt(vector, board.deliver)
+            board.ioapic.end_of_interrupt(vector, board.router(machine))
     elif offset == lapic.ICR_LOW:
         apic.icr = apic.icr >> 32 << 32 | value
-        send_ipi(machine, board, apic)
+        messages.send_ipi(machine, board, apic)
     else:
         apic.write(offset, value, machine.tsc())
-
-
-SHORTHAND_SELF, SHORTHAND_ALL, SHORTHAND_OTHERS = 1, 2, 3
-MODE_FIXED, MODE_LOWEST, MODE_INIT, MODE_STARTUP = 0, 1, 5, 6
-LOGICAL = 1 << 11
-
-
-def send_ipi(machine: Machine, board: Devices, sender: lapic.Lapic) -> None:
-    """Carry out the interrupt command of `sender`. Source: spec 24593, 16.5."""
-    icr = sender.icr
-    shorthand = icr >> 18 & 3
-    destination = icr >> 32 if sender.x2apic else icr >> 56
-    broadcast = destination == (0xFFFF_FFFF if sender.x2apic else 0xFF)
-    for vcpu_id, apic in board.lapics.items():
-        if shorthand:
-            chosen = shorthand == SHORTHAND_ALL or (apic is sender) == (shorthand == SHORTHAND_SELF)
-        elif icr & LOGICAL:
-            logical = apic.read(lapic.LDR, 0)
-            same_cluster = logical >> 16 == destination >> 16 if sender.x2apic else True
-            mask = logical & 0xFFFF if sender.x2apic else logical >> 24
-            chosen = broadcast or (same_cluster and bool(mask & destination))
-        else:
-            chosen = broadcast or destination == apic.apic_id
-        if chosen:
-            _receive_ipi(machine, machine.vcpus[vcpu_id], apic, icr)
-
-
-def _receive_ipi(machine: Machine, vcpu: Vcpu, apic: lapic.Lapic, icr: int) -> None:
-    mode, vector = icr >> 8 & 7, icr & 0xFF
-    if mode in (MODE_FIXED, MODE_LOWEST):
-        apic.accept(vector)
-    elif mode == MODE_INIT:
-        vcpu.halted = True
-    elif mode == MODE_STARTUP and vcpu.halted:
-        vcpu.halted = False
-        vcpu.regs.rip = 0
-        vcpu.system.cs = (vector << 8, 0x9B, 0xFFFF, vector << 12)
+        if offset == lapic.TPR:
+            vcpu.system.cr8 = value >> 4 & 0xF

@@ -5,15 +5,15 @@ Source: QEMU hw/char/debugcon.c, hw/misc/debugexit.c; kvm-unit-tests lib/x86/io.
 
 from __future__ import annotations
 
-from sevlab.core.state import Stateful
-from sevlab.plugins.io.devices.registers import Register
+from sevlab.core.state import Stateful, new
+from sevlab.plugins.io.devices.registers import Register, Text
 
-POST_PORT, CONSOLE_PORT, EXIT_PORT = 0x80, 0xE9, 0xF4
+POST_PORT, CONSOLE_PORT, EXIT_PORT, EXIT_BYTES = 0x80, 0xE9, 0xF4, 4
 
 REGISTERS = (
     Register(0x80, "POST", 1, "rw", "last code; used as a delay"),
     Register(0xE9, "console", 1, "rw", "a byte of text; reads E9h"),
-    Register(0xF4, "exit", 4, "w", "ends the guest with status (value << 1) | 1"),
+    Register(0xF4, "exit", 4, "w", "ends the guest with status (value << 1) | 1; bytes of it too"),
 )
 
 
@@ -21,8 +21,13 @@ class DebugPorts(Stateful):
     """What was written; `exit_status` is -1 until the guest asked to end."""
 
     post_code: int = 0
-    console: bytes = b""
+    text: Text = new(Text)
     exit_status: int = -1
+
+    @property
+    def console(self) -> bytes:
+        """Everything written to the console."""
+        return bytes(self.text)
 
     def read(self, port: int) -> int:
         """Read a byte from one of the ports; the exit port reads zero."""
@@ -33,6 +38,6 @@ class DebugPorts(Stateful):
         if port == POST_PORT:
             self.post_code = value & 0xFF
         elif port == CONSOLE_PORT:
-            self.console += bytes([value & 0xFF])
+            self.text.append(bytes([value & 0xFF]))
         else:
             self.exit_status = value << 1 & 0xFFFF_FFFF | 1

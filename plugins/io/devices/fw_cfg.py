@@ -107,7 +107,8 @@ class FwCfg(Stateful):
     def write(self, port: int, width: int, value: int, dma: Callable[[int], None]) -> None:
         """Write to 510h to 51Bh; `dma(gpa)` runs the descriptor at `gpa`."""
         if port == SELECTOR_PORT:
-            self.select(value)
+            if width == 2:  # a byte there is a write to the data register, which takes none
+                self.select(value)
         elif width == 4 and port in (DMA_PORT, DMA_PORT + 4):
             half = int.from_bytes(value.to_bytes(4, "little"), "big")
             if port == DMA_PORT:
@@ -123,10 +124,12 @@ class FwCfg(Stateful):
         """
         if descriptor.control & DmaControl.SELECT:
             self.select(descriptor.control >> 16)
-        if descriptor.control & DmaControl.WRITE or descriptor.length > MAX_TRANSFER_BYTES:
+        if descriptor.length > MAX_TRANSFER_BYTES:
             return int(DmaControl.ERROR)
         if descriptor.control & DmaControl.READ:
             return 0 if write(descriptor.address, self.take(descriptor.length)) else int(DmaControl.ERROR)
+        if descriptor.control & DmaControl.WRITE:
+            return int(DmaControl.ERROR)
         if descriptor.control & DmaControl.SKIP:
             self.position += descriptor.length
         return 0

@@ -19,12 +19,12 @@ REGISTERS = (
     Register(0x40, "EOI", 4, "w", "end of interrupt of a vector"),
 )
 
-Deliver = Callable[[int, int, bool], None]
-"""Called with vector, destination APIC id, and whether the pin is level triggered."""
+Deliver = Callable[[int], None]
+"""Called with the redirection entry of the pin that asks."""
 
 
 class IoApic(Stateful):
-    """The redirection table by pin (64 bits each), and the level of each pin."""
+    """The redirection table by pin (64 bits each), and which pins ask (whatever their polarity)."""
 
     select: int = 0
     identifier: int = 0
@@ -51,7 +51,7 @@ class IoApic(Stateful):
             return
         if entry & LEVEL:
             self.redirection[pin] = entry | REMOTE_IRR
-        deliver(entry & 0xFF, entry >> 56, bool(entry & LEVEL))
+        deliver(entry)
 
     def end_of_interrupt(self, vector: int, deliver: Deliver) -> None:
         """A level-triggered vector is done: a pin that is still up asks again."""

@@ -20,6 +20,8 @@ ISR, TMR, IRR, ESR, ICR_LOW, ICR_HIGH = 0x100, 0x180, 0x200, 0x280, 0x300, 0x310
 LVT_TIMER, LVT_LAST, TIMER_INITIAL, TIMER_CURRENT, TIMER_DIVIDE, SELF_IPI = 0x320, 0x370, 0x380, 0x390, 0x3E0, 0x3F0
 SVR_ENABLE, LVT_MASK = 1 << 8, 1 << 16
 TIMER_PERIODIC, TIMER_DEADLINE = 1, 2
+FIRST_VECTOR = 16
+ESR_SEND_ILLEGAL, ESR_RECEIVE_ILLEGAL, ESR_REGISTER = 1 << 5, 1 << 6, 1 << 7
 
 REGISTERS = (
     Register(ID, "ID", 4, "r", "31:24 in xAPIC, all of it in x2APIC"),
@@ -27,6 +29,8 @@ REGISTERS = (
     Register(TPR, "task priority", 4, "rw", "7:0"),
     Register(PPR, "processor priority", 4, "r", "7:0"),
     Register(EOI, "end of interrupt", 4, "w", "the highest vector in service is done"),
+    Register(LDR, "logical destination", 4, "rw", "31:24; derived and read-only in x2APIC"),
+    Register(DFR, "destination format", 4, "rw", "31:28 Fh flat, 0 cluster; not in x2APIC"),
     Register(SVR, "spurious vector", 4, "rw", "7:0 vector, 8 enable"),
     Register(ISR, "in service", 32, "r", "256 bits"),
     Register(TMR, "trigger mode", 32, "r", "256 bits"),
@@ -34,13 +38,24 @@ REGISTERS = (
     Register(ESR, "error status", 4, "rw", "a write loads it"),
     Register(ICR_LOW, "interrupt command", 8, "rw", "7:0 vector, 10:8 mode, 19:18 shorthand; 64 bits in x2APIC"),
     Register(LVT_TIMER, "LVT timer", 4, "rw", "7:0 vector, 16 mask, 18:17 one-shot, periodic, TSC deadline"),
+    Register(0x330, "LVT thermal", 4, "rw", ""),
+    Register(0x340, "LVT performance", 4, "rw", ""),
+    Register(0x350, "LVT LINT0", 4, "rw", "10:8 mode: 7 ExtINT lets the 8259A pair in"),
+    Register(0x360, "LVT LINT1", 4, "rw", ""),
+    Register(LVT_LAST, "LVT error", 4, "rw", ""),
     Register(TIMER_INITIAL, "timer initial count", 4, "rw", "starts the timer"),
     Register(TIMER_CURRENT, "timer current count", 4, "r", ""),
     Register(TIMER_DIVIDE, "timer divide", 4, "rw", "bits 3, 1:0"),
+    Register(SELF_IPI, "self IPI", 4, "w", "x2APIC only: 7:0 vector"),
 )
 
-WRITABLE = frozenset((TPR, LDR, DFR, SVR, TIMER_DIVIDE, *range(LVT_TIMER, LVT_LAST + 1, 0x10)))
-RESET = {SVR: 0xFF, DFR: 0xFFFF_FFFF, **dict.fromkeys(range(LVT_TIMER, LVT_LAST + 1, 0x10), LVT_MASK)}
+LVTS = tuple(range(LVT_TIMER, LVT_LAST + 1, 0x10))
+LVT_WRITABLE = 0x7_A7FF
+"""Bits of an LVT entry that software may set; delivery status (12) and remote IRR (14) are read-only."""
+WRITABLE = {TPR: 0xFF, LDR: 0xFF00_0000, DFR: 0xF000_0000, TIMER_DIVIDE: 0xB}
+"""Plain registers, with the bits that hold something."""
+FIXED_ONES = {DFR: 0x0FFF_FFFF}
+RESET = {SVR: 0xFF, DFR: 0xFFFF_FFFF, **dict.fromkeys(LVTS, LVT_MASK)}
 
 
 class Lapic(Stateful):
@@ -57,6 +72,31 @@ class Lapic(Stateful):
     initial: int = 0
     fired: int = 0
     deadline: int = 0
+    errors: int = 0
+    """Noted since the last write of ESR, which shows them."""
+    nmi_pending: bool = False
+    nmi_blocked: bool = False
+    """An NMI is being handled: until the guest's IRET, whose place is `nmi_iret_rip`."""
+    nmi_iret_rip: int = -1
+    waits_for_startup: bool = False
+
+    def reset(self) -> None:
+        """INIT: everything but the identifier and the base."""
+        self.registers.clear()
+        self.irr = self.isr = self.tmr = self.icr = 0
+        self.started = self.initial = self.fired = self.deadline = self.errors = 0
+        self.nmi_pending = self.nmi_blocked = self.waits_for_startup = False
+        self.nmi_iret_rip = -1
+
+    @property
+    def enabled(self) -> bool:
+        """Whether software switched the APIC on."""
+        return bool(self.register(SVR) & SVR_ENABLE)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the registers are at their window: enabled by APIC_BASE and not in x2APIC mode."""
+        return self.base & (BASE_ENABLE | BASE_X2APIC) == BASE_ENABLE
 
     @property
     def x2apic(self) -> bool:
@@ -70,8 +110,11 @@ class Lapic(Stateful):
     # Interrupts -------------------------------------------------------------------------------------------------
 
     def accept(self, vector: int, *, level: bool = False) -> bool:
-        """A fixed interrupt arrives; vectors below 16 are refused."""
-        if vector < 16 or not self.register(SVR) & SVR_ENABLE:
+        """A fixed interrupt arrives; vectors below 16 are refused and noted."""
+        if not self.enabled:
+            return False
+        if vector < FIRST_VECTOR:
+            self.errors |= ESR_RECEIVE_ILLEGAL
             return False
         self.irr |= 1 << vector
         self.tmr = self.tmr & ~(1 << vector) | level << vector
@@ -143,8 +186,20 @@ class Lapic(Stateful):
             due = expired > self.fired
             if due:
                 self.fired = expired
-        if due and not lvt & LVT_MASK:
+        if due and not lvt & LVT_MASK:  # a masked expiry is lost
             self.accept(lvt & 0xFF)
+
+    def next_event(self) -> int | None:
+        """The TSC at which the timer expires next; None when it is not armed or masked."""
+        lvt = self.register(LVT_TIMER)
+        mode = lvt >> 17 & 3
+        if lvt & LVT_MASK:
+            return None
+        if mode == TIMER_DEADLINE:
+            return self.deadline or None
+        if not self.initial or (mode != TIMER_PERIODIC and self.fired):
+            return None
+        return self.started - (-(self.fired + 1) * self.initial * self._divisor() * TSC_HZ // TIMER_HZ)
 
     # Registers --------------------------------------------------------------------------------------------------
 
@@ -172,10 +227,30 @@ class Lapic(Stateful):
     def write(self, offset: int, value: int, tsc: int) -> None:
         """Write the 32-bit register at `offset`; EOI and the command register are the board's business."""
         if offset == TIMER_INITIAL:
-            self.initial, self.started, self.fired = value, tsc, 0
+            if self.register(LVT_TIMER) >> 17 & 3 != TIMER_DEADLINE:
+                self.initial, self.started, self.fired = value, tsc, 0
+        elif offset == LVT_TIMER:
+            if (self.register(LVT_TIMER) >> 17 & 3 == TIMER_DEADLINE) != (value >> 17 & 3 == TIMER_DEADLINE):
+                self.initial = self.deadline = 0  # another way to be armed disarms
+            self._write_lvt(offset, value)
+        elif LVT_TIMER < offset <= LVT_LAST:
+            self._write_lvt(offset, value)
+        elif offset == SVR:
+            self.registers[SVR] = value & 0x1FF
+            if not value & SVR_ENABLE:
+                for lvt in LVTS:
+                    self.registers[lvt] = self.register(lvt) | LVT_MASK
         elif offset == ICR_HIGH:
-            self.icr = self.icr & 0xFFFF_FFFF | value << 32
+            self.icr = self.icr & 0xFFFF_FFFF | (value & 0xFF00_0000) << 32
+        elif offset == TIMER_DIVIDE:
+            clocks = self._clocks(tsc)  # the count goes on from where it is, at the new rate
+            self.registers[offset] = value & WRITABLE[offset]
+            self.started = tsc - clocks * self._divisor() * TSC_HZ // TIMER_HZ
         elif offset in WRITABLE:
-            self.registers[offset] = value & 0xFFFF_FFFF
+            self.registers[offset] = value & WRITABLE[offset] | FIXED_ONES.get(offset, 0)
         elif offset == ESR:
-            self.registers[ESR] = 0
+            self.registers[ESR], self.errors = self.errors, 0
+
+    def _write_lvt(self, offset: int, value: int) -> None:
+        """While the APIC is off by software, every entry stays masked."""
+        self.registers[offset] = value & LVT_WRITABLE | (0 if self.enabled else LVT_MASK)

@@ -34,11 +34,12 @@ class Setup(Enum):
 
 
 class Word(Enum):
-    """Initialisation words."""
+    """A byte that arrives: ICW1, or data after which the chip expects another word."""
 
     ICW1 = 1
-    DATA = 2
-    LAST_DATA = 3
+    THEN_CASCADE = 2
+    THEN_MODE = 3
+    THEN_MASK = 4
 
 
 INITIALISATION = StateMachine(
@@ -46,16 +47,21 @@ INITIALISATION = StateMachine(
     initial=Setup.MASK,
     reject=None,
     table={
-        Setup.MASK: {Word.ICW1: Setup.VECTOR, Word.DATA: Setup.MASK, Word.LAST_DATA: Setup.MASK},
-        Setup.VECTOR: {Word.ICW1: Setup.VECTOR, Word.DATA: Setup.CASCADE, Word.LAST_DATA: Setup.CASCADE},
-        Setup.CASCADE: {Word.ICW1: Setup.VECTOR, Word.DATA: Setup.MODE, Word.LAST_DATA: Setup.MASK},
-        Setup.MODE: {Word.ICW1: Setup.VECTOR, Word.DATA: Setup.MASK, Word.LAST_DATA: Setup.MASK},
+        Setup.MASK: {Word.ICW1: Setup.VECTOR, Word.THEN_MASK: Setup.MASK},
+        Setup.VECTOR: {
+            Word.ICW1: Setup.VECTOR,
+            Word.THEN_CASCADE: Setup.CASCADE,
+            Word.THEN_MODE: Setup.MODE,
+            Word.THEN_MASK: Setup.MASK,
+        },
+        Setup.CASCADE: {Word.ICW1: Setup.VECTOR, Word.THEN_MODE: Setup.MODE, Word.THEN_MASK: Setup.MASK},
+        Setup.MODE: {Word.ICW1: Setup.VECTOR, Word.THEN_MASK: Setup.MASK},
     },
 )
-"""ICW1 starts; LAST_DATA is a data write when ICW1 announced no ICW4 (single mode skips ICW3 the same way)."""
+"""ICW1 starts and says which words follow: no ICW3 in single mode, no ICW4 unless announced."""
 
 ICW1, ICW1_LEVEL, ICW1_SINGLE, ICW1_ICW4 = 0x10, 0x08, 0x02, 0x01
-ICW4_AUTO_EOI = 0x02
+ICW4_AUTO_EOI, ICW4_SPECIAL_NESTED = 0x02, 0x10
 OCW3 = 0x08
 EOI, EOI_SPECIFIC, ROTATE = 0x20, 0x40, 0x80
 
@@ -71,6 +77,8 @@ class Pic(Stateful):
     vector_base: int = 0
     lowest: int = 7
     auto_eoi: bool = False
+    special_mask: bool = False
+    special_nested: bool = False
     read_isr: bool = False
     poll: bool = False
     icw4_needed: bool = False
@@ -93,9 +101,16 @@ class Pic(Stateful):
         return [(self.lowest + 1 + n) % 8 for n in range(8)]
 
     def request(self) -> int | None:
-        """The line that asks for service: unmasked, and above everything in service."""
+        """The line that asks for service: unmasked, and above everything in service.
+
+        In special mask mode a masked line in service does not hold others back; in special fully nested mode the
+        slave's line does not hold itself back.
+        """
+        holding = self.isr & ~self.imr if self.special_mask else self.isr
+        if self.special_nested:
+            holding &= ~(1 << CASCADE_LINE)
         for line in self._order():
-            if self.isr >> line & 1:
+            if holding >> line & 1:
                 return None
             if (self.irr & ~self.imr) >> line & 1:
                 return line
@@ -106,9 +121,7 @@ class Pic(Stateful):
         line = self.request()
         if line is None:
             return SPURIOUS_LINE
-        if self.auto_eoi:
-            pass
-        else:
+        if not self.auto_eoi:
             self.isr |= 1 << line
         if not self.elcr >> line & 1:
             self.irr &= ~(1 << line)
@@ -119,14 +132,16 @@ class Pic(Stateful):
         if value & ICW1:
             self.irr = self.isr = self.imr = 0
             self.lowest = 7
-            self.auto_eoi = self.read_isr = self.poll = False
+            self.auto_eoi = self.read_isr = self.poll = self.special_mask = self.special_nested = False
             self.icw4_needed = bool(value & ICW1_ICW4)
             self.single = bool(value & ICW1_SINGLE)
-            self.setup = INITIALISATION.next(self.setup, Word.ICW1) or Setup.MASK
+            self._setup(Word.ICW1)
         elif value & OCW3:
             self.poll = bool(value & 4)
             if value & 2:
                 self.read_isr = bool(value & 1)
+            if value & 0x40:
+                self.special_mask = bool(value & 0x20)
         else:
             self._ocw2(value)
 
@@ -147,21 +162,24 @@ class Pic(Stateful):
 
     def write_data(self, value: int) -> None:
         """The data port: the next initialisation word, or the mask."""
-        setup = self.setup
-        if setup is Setup.MASK:
+        after_cascade = Word.THEN_MODE if self.icw4_needed else Word.THEN_MASK
+        then = Word.THEN_MASK
+        if self.setup is Setup.MASK:
             self.imr = value
-            return
-        last = False
-        if setup is Setup.VECTOR:
+        elif self.setup is Setup.VECTOR:
             self.vector_base = value & 0xF8
-            if self.single:
-                self.setup = Setup.MODE if self.icw4_needed else Setup.MASK
-                return
-        elif setup is Setup.CASCADE:
-            last = not self.icw4_needed
+            then = after_cascade if self.single else Word.THEN_CASCADE
+        elif self.setup is Setup.CASCADE:
+            then = after_cascade
         else:
             self.auto_eoi = bool(value & ICW4_AUTO_EOI)
-        self.setup = INITIALISATION.next(setup, Word.LAST_DATA if last else Word.DATA) or Setup.MASK
+            self.special_nested = bool(value & ICW4_SPECIAL_NESTED)
+        self._setup(then)
+
+    def _setup(self, word: Word) -> None:
+        following = INITIALISATION.next(self.setup, word)
+        if following is not None:  # every word that is sent here is in the table
+            self.setup = following
 
     def read_command(self) -> int:
         """IRR or ISR as the last OCW3 chose; after a poll command the line that is taken, with bit 7."""

@@ -1,7 +1,8 @@
 """8254 timer: three counters at 1193182 Hz, and port 61h with the speaker's gate.
 
 Counting is a function of virtual time: nothing runs in between. Modes 0 (one shot), 2 (rate), 3 (square) and what
-Linux uses of them; 1, 4 and 5 count like 0 without their triggers. Source: Intel 8254 datasheet; PC architecture.
+Linux uses of them; 1 and 5 start at the count instead of a trigger, and a new count of modes 2 and 3 takes effect at
+once instead of at the end of the period. Source: Intel 8254 datasheet; PC architecture.
 """
 
 from __future__ import annotations
@@ -47,24 +48,29 @@ class Counter(Stateful):
         return (tsc - self.started) * PIT_HZ // TSC_HZ
 
     def value(self, tsc: int) -> int:
-        """The counter's present value, 16 bits."""
+        """The counter's present value as a read shows it: 16 bits, four decimal digits in BCD."""
+        limit = 10_000 if self.bcd else 0x10000
         if not (self.loaded and self.gate):
-            return self.count & 0xFFFF
-        clocks = self.elapsed(tsc)
-        if self.mode in (2, 3):
+            shown = self.count
+        elif self.mode in (2, 3):
             step = 2 if self.mode == 3 else 1
-            return self.count - clocks * step % self.count & 0xFFFF
-        return self.count - clocks & 0xFFFF
+            shown = self.count - self.elapsed(tsc) * step % self.count
+        else:
+            shown = self.count - self.elapsed(tsc)
+        shown %= limit
+        return int(f"{shown:04d}", 16) if self.bcd else shown
 
     def output(self, tsc: int) -> bool:
         """The level of OUT."""
         if not self.loaded:
             return self.mode != 0
         clocks = self.elapsed(tsc)
-        if self.mode == 2:
-            return clocks % self.count != self.count - 1
-        if self.mode == 3:
-            return clocks % self.count < (self.count + 1) // 2
+        if self.mode in (2, 3):
+            place = clocks % self.count
+            low = place == self.count - 1 if self.mode == 2 else place >= (self.count + 1) // 2
+            return not (low and self.gate)
+        if self.mode in (4, 5):
+            return clocks != self.count  # a strobe of one clock
         return clocks >= self.count
 
     def edges(self, tsc: int) -> int:
@@ -76,9 +82,9 @@ class Counter(Stateful):
 
     def load(self, value: int, tsc: int) -> None:
         """A complete count: 0 means 65536 (10000 in BCD)."""
-        if self.bcd:
-            value = int(f"{value:04x}") if all(digit in "0123456789" for digit in f"{value:04x}") else value
-        self.count = value or (10000 if self.bcd else 0x10000)
+        if self.bcd:  # digits above 9 are undefined: each counts its value here
+            value = sum((value >> 4 * place & 0xF) * 10**place for place in range(4)) % 10_000
+        self.count = value or (10_000 if self.bcd else 0x10000)
         self.started = tsc
         self.loaded = True
         self.reported = 0
@@ -118,6 +124,8 @@ class Pit(Stateful):
             counter.load(value << 8, tsc)
         elif counter.low_written < 0:
             counter.low_written = value
+            if counter.mode == 0:
+                counter.loaded = False  # the first byte of a new count stops a one-shot. Source: 8254 datasheet, mode 0
         else:
             counter.load(value << 8 | counter.low_written, tsc)
             counter.low_written = -1
@@ -183,3 +191,10 @@ class Pit(Stateful):
             return False
         counter.reported = edges
         return True
+
+    def next_event(self) -> int | None:
+        """The TSC of counter 0's next edge that the interrupt controller has not seen."""
+        counter = self.channel_0
+        if not counter.loaded or (counter.mode not in (2, 3) and counter.reported):
+            return None
+        return counter.started - (-(counter.reported + 1) * counter.count * TSC_HZ // PIT_HZ)

@@ -5,8 +5,8 @@ Source: National Semiconductor PC16550D datasheet; probe sequence as in Linux dr
 
 from __future__ import annotations
 
-from sevlab.core.state import Stateful
-from sevlab.plugins.io.devices.registers import Register
+from sevlab.core.state import Stateful, new
+from sevlab.plugins.io.devices.registers import Register, Text
 
 COM1_PORT = 0x3F8
 COM1_IRQ = 4
@@ -19,7 +19,7 @@ REGISTERS = (
     Register(3, "LCR", 1, "rw", "1:0 length, 7 DLAB"),
     Register(4, "MCR", 1, "rw", "0 DTR, 1 RTS, 2 OUT1, 3 OUT2 (gates the interrupt), 4 loopback"),
     Register(5, "LSR", 1, "r", "0 data ready, 1 overrun, 5 THR empty, 6 transmitter empty"),
-    Register(6, "MSR", 1, "r", "4 CTS, 5 DSR, 6 RI, 7 DCD"),
+    Register(6, "MSR", 1, "r", "4 CTS, 5 DSR, 6 RI, 7 DCD; 3:0 what changed since the last read"),
     Register(7, "SCR", 1, "rw", "scratch"),
 )
 
@@ -28,13 +28,16 @@ LSR_DATA, LSR_OVERRUN, LSR_IDLE = 0x01, 0x02, 0x60
 LCR_DLAB = 0x80
 MCR_OUT2, MCR_LOOP = 0x08, 0x10
 FCR_ENABLE, FCR_CLEAR_RECEIVE = 0x01, 0x02
-IIR_NONE, IIR_THRE, IIR_DATA, IIR_LINE = 0x01, 0x02, 0x04, 0x06
+IIR_MODEM, IIR_NONE, IIR_THRE, IIR_DATA, IIR_LINE, IIR_TIMEOUT = 0x00, 0x01, 0x02, 0x04, 0x06, 0x0C
+TRIGGERS = (1, 4, 8, 14)
+"""Bytes in the FIFO at which FCR 7:6 asks for service; fewer ask by the timeout, at once in a model without baud."""
+
 IIR_FIFO = 0xC0
-MSR_CONNECTED = 0xB0
+MSR_RI, MSR_CONNECTED = 0x40, 0xB0
 
 
 class Uart(Stateful):
-    """One serial port; `output` is everything the guest has sent."""
+    """One serial port, without speed: a byte is on the line as soon as it is written."""
 
     ier: int = 0
     fcr: int = 0
@@ -45,26 +48,39 @@ class Uart(Stateful):
     received: bytes = b""
     overrun: bool = False
     thre_pending: bool = False
-    output: bytes = b""
+    modem_delta: int = 0
+    sent: Text = new(Text)
+
+    @property
+    def output(self) -> bytes:
+        """Everything the guest has sent."""
+        return bytes(self.sent)
 
     def receive(self, data: bytes) -> None:
-        """Bytes arrive on the line; what does not fit in the FIFO (one byte without) is lost and noted."""
-        room = (FIFO_BYTES if self.fcr & FCR_ENABLE else 1) - len(self.received)
-        self.received += data[: max(room, 0)]
-        self.overrun = self.overrun or len(data) > room
+        """Bytes arrive on the line. A full FIFO loses them; without FIFO the last one replaces the one before."""
+        if self.fcr & FCR_ENABLE:
+            room = FIFO_BYTES - len(self.received)
+            self.received += data[:room]
+            self.overrun = self.overrun or len(data) > room
+        elif data:
+            self.overrun = self.overrun or len(self.received) + len(data) > 1
+            self.received = data[-1:]
 
     @property
     def interrupt(self) -> bool:
-        """The level of the interrupt line: gated by MCR.OUT2."""
-        return self._pending() != IIR_NONE and bool(self.mcr & MCR_OUT2)
+        """The level of the interrupt line: gated by the OUT2 pin, which loopback holds inactive."""
+        return self._pending() != IIR_NONE and self.mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2
 
     def _pending(self) -> int:
         if self.ier & IER_LINE and self.overrun:
             return IIR_LINE
         if self.ier & IER_DATA and self.received:
-            return IIR_DATA
+            few = self.fcr & FCR_ENABLE and len(self.received) < TRIGGERS[self.fcr >> 6]
+            return IIR_TIMEOUT if few else IIR_DATA
         if self.ier & IER_THRE and self.thre_pending:
             return IIR_THRE
+        if self.ier & IER_MODEM and self.modem_delta:
+            return IIR_MODEM
         return IIR_NONE
 
     def read(self, offset: int) -> int:
@@ -86,7 +102,8 @@ class Uart(Stateful):
             self.overrun = False
             return status
         if offset == 6:
-            return self._modem_status()
+            delta, self.modem_delta = self.modem_delta, 0
+            return self._modem_status() | delta
         return (self.lcr, self.mcr, 0, 0, self.scratch)[offset - 3]
 
     def _modem_status(self) -> int:
@@ -94,6 +111,13 @@ class Uart(Stateful):
             return MSR_CONNECTED
         mcr = self.mcr
         return (mcr & 2) << 3 | (mcr & 1) << 5 | (mcr & 4) << 4 | (mcr & 8) << 4
+
+    def _modem_changed(self, before: int) -> None:
+        """Note which inputs changed; RI counts when it goes away."""
+        changed = before ^ self._modem_status()
+        if changed & MSR_RI and not before & MSR_RI:
+            changed &= ~MSR_RI
+        self.modem_delta |= changed >> 4
 
     def write(self, offset: int, value: int) -> None:
         """Write the low byte of `value` to register `offset` (0 to 7)."""
@@ -114,15 +138,27 @@ class Uart(Stateful):
         elif offset == 3:
             self.lcr = value
         elif offset == 4:
+            before = self._modem_status()
             self.mcr = value & 0x1F
+            self._modem_changed(before)
         elif offset == 7:
             self.scratch = value
 
+    @property
+    def connected(self) -> bool:
+        """Whether a byte written to register 0 goes out on the line."""
+        return not self.lcr & LCR_DLAB and not self.mcr & MCR_LOOP
+
+    def send(self, data: bytes) -> None:
+        """Bytes go out, and the transmitter is empty again."""
+        self.sent.append(data)
+        self.thre_pending = True
+
     def _transmit(self, value: int) -> None:
-        if self.lcr & LCR_DLAB:
+        if self.connected:
+            self.send(bytes([value]))
+        elif self.lcr & LCR_DLAB:
             self.divisor = self.divisor & 0xFF00 | value
-        elif self.mcr & MCR_LOOP:
-            self.receive(bytes([value]))
         else:
-            self.output += bytes([value])
+            self.receive(bytes([value]))
             self.thre_pending = True

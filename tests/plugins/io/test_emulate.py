@@ -246,7 +246,8 @@ def test_high_byte_registers():
 
 
 @pytest.mark.parametrize(
-    ("code", "what"), [(b"\x0f\xa2", "cpuid"), (b"\x0f\x6f\x07", "movq"), (b"\xf2\x0f\x10\x07", "MOVSD_XMM")]
+    ("code", "what"),
+    [(b"\x0f\xa2", "cpuid"), (b"\x0f\x6f\x07", "movq"), (b"\xff\x2f", "JMP_M"), (b"\xff\x1f", "CALL_M")],
 )
 def test_what_the_emulator_does_not_do_is_said_and_changes_nothing(code, what):
     registers = Registers(rip=CODE)
