@@ -220,10 +220,16 @@ class Access:
     def guest_linear(self, vcpu: Vcpu, gva: int, kind: int) -> tuple[int, Place]:
         """(gpa, place) of linear address `gva`: guest page tables, then nested ones, then key and check.
 
-        Raises `FaultUnwind`: #PF with its error code, #GP(0) for a non-canonical address, or the nested fault.
+        Raises `FaultUnwind`: #PF with its error code, #GP(0) for a non-canonical address, or what the nested walk or
+        the slot `access_check` answers.
         """
-        gpa, kind = self._walk_guest(vcpu, gva, kind)
-        return gpa, self.guest_physical(vcpu, gpa, kind)
+        try:
+            gpa, kind = self._walk_guest(vcpu, gva, kind)
+            return gpa, self.guest_physical(vcpu, gpa, kind)
+        except FaultUnwind as unwind:
+            if unwind.fault.vector == Vector.VC:  # the guest's own exception: CR2 has the linear address
+                raise FaultUnwind(unwind.fault._replace(address=gva)) from None
+            raise
 
     def guest_gpa(self, vcpu: Vcpu, gva: int, kind: int) -> int:
         """The guest-physical address of `gva` by the guest's own tables alone; faults as `guest_linear`."""

@@ -56,7 +56,7 @@ def _vcpu(machine: Machine, vcpu_id: int) -> Vcpu | None:
     return vcpu
 
 
-def _faulted(machine: Machine, vcpu: Vcpu | None, fault: ev.Fault) -> None:
+def deliver_fault(machine: Machine, vcpu: Vcpu | None, fault: ev.Fault) -> None:
     """A nested page fault is an exit to the hypervisor; any other exception is the accessor's own."""
     if vcpu is not None and fault.vector == ExitCode.NPF:
         leave_guest(machine, vcpu, ev.CpuExit(vcpu.vcpu_id, ExitCode.NPF, fault.error_code, fault.address, b"", 0))
@@ -126,7 +126,7 @@ def _memory(machine: Machine, step: ev.MemoryRead | ev.MemoryWrite, do: Callable
     try:
         do(path)
     except FaultUnwind as unwind:
-        _faulted(machine, vcpu, unwind.fault)
+        deliver_fault(machine, vcpu, unwind.fault)
 
 
 def npt_edit(machine: Machine, step: ev.NptEdit) -> None:
