@@ -6,6 +6,41 @@ Documents: 56860 (SNP firmware ABI) revision 1.58; 56421 (GHCB) revision 2.04; 2
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from sevlab.core.hookspecs import hookimpl
+from sevlab.plugins.snp.handlers import register
+from sevlab.plugins.snp.layout import RmpEntry, RmpState
+from sevlab.plugins.snp.records import RMP_RECORDS
+from sevlab.plugins.snp.states import PAGE_STATES, PageState, page_state
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sevlab.core.builder import PluginBuilder
+    from sevlab.core.layout import Layout
+    from sevlab.core.statemachine import StateMachine
+
 REQUIRES: tuple[str, ...] = ("sme", "sev", "sev_es")
 
-__all__: list[str] = []
+__all__ = ["PageState", "RmpEntry", "RmpState", "page_state"]
+
+
+@hookimpl
+def sevlab_register(builder: PluginBuilder) -> None:
+    register(builder)
+
+
+@hookimpl
+def sevlab_records() -> tuple[type, ...]:
+    return RMP_RECORDS
+
+
+@hookimpl
+def sevlab_layouts() -> tuple[type[Layout], ...]:
+    return (RmpEntry, RmpState)
+
+
+@hookimpl
+def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
+    return (PAGE_STATES,)
