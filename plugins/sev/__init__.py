@@ -7,29 +7,91 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.sev.certificates import AmdCertificateHeader, EcdsaSignature, EcPublicKey, SevCertificate
-from sevlab.plugins.sev.chain import Check
-from sevlab.plugins.sev.signatures import Point, RsaKey, ec_public_point, ec_scalar, ecdsa_sign, rsa_pss_sign
-from sevlab.plugins.sev.vendor import vendor_key
+from sevlab.plugins.sev import asids, crypto, identity, transfers, vmsa_slots
+from sevlab.plugins.sev.command import Family, MailboxCommand, Request
+from sevlab.plugins.sev.command import markdown_table as command_table
+from sevlab.plugins.sev.command import register as register_commands
+from sevlab.plugins.sev.context import Gctx, SevState, sev_state
+from sevlab.plugins.sev.driver import (
+    Launched,
+    begin_launch,
+    initialise,
+    launch_guest,
+    need,
+    run,
+    stop_guest,
+)
+from sevlab.plugins.sev.host import CoreWbinvd
+from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
+from sevlab.plugins.sev.numbers import Command, Policy, Status
+from sevlab.plugins.sev.setup import OPTIONS, register
+from sevlab.plugins.sev.states import GUEST, PLATFORM, GuestState, PlatformState
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
+    from sevlab.core.statemachine import StateMachine
 
 REQUIRES: tuple[str, ...] = ("sme",)
 
 __all__ = [
-    "Check",
-    "Point",
-    "RsaKey",
-    "ec_public_point",
-    "ec_scalar",
-    "ecdsa_sign",
-    "rsa_pss_sign",
-    "vendor_key",
+    "GUEST",
+    "LEGACY",
+    "LEGACY_COMMANDS",
+    "PLATFORM",
+    "Command",
+    "CoreWbinvd",
+    "Family",
+    "Gctx",
+    "GuestState",
+    "Launched",
+    "MailboxCommand",
+    "PlatformState",
+    "Policy",
+    "Request",
+    "SevState",
+    "Status",
+    "asids",
+    "begin_launch",
+    "command_table",
+    "crypto",
+    "identity",
+    "initialise",
+    "launch_guest",
+    "need",
+    "register_commands",
+    "run",
+    "sev_state",
+    "stop_guest",
+    "transfers",
+    "vmsa_slots",
 ]
 
 
 @hookimpl
+def sevlab_options() -> tuple[Option, ...]:
+    return OPTIONS
+
+
+@hookimpl
+def sevlab_register(builder: PluginBuilder) -> None:
+    register(builder)
+
+
+@hookimpl
+def sevlab_records() -> tuple[type, ...]:
+    return (CoreWbinvd,)
+
+
+@hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return (SevCertificate, EcPublicKey, EcdsaSignature, AmdCertificateHeader)
+    return LAYOUTS
+
+
+@hookimpl
+def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
+    return (PLATFORM, GUEST)

@@ -1,0 +1,1 @@
+"""The behaviour of every legacy command: one function each, in the firmware's order of checks."""
