@@ -20,8 +20,14 @@ from sevlab.traces.schema import Entry
 MAX_ARRAY_ITEMS = 4096
 """Longest array: with it and msgpack's limit of 1024 levels, no block makes a reader allocate more than 32 MB."""
 
+MAX_BLOCK_RECORDS = 1 << 18
+"""Most records in a block, for the same reason: the shortest take two bytes, but each becomes an object."""
+
 MAX_DEPTH = 8
 """Deepest nesting of a tuple field."""
+
+END = b"\xc0"
+"""A nil behind the block: it is the last value unless the last record swallowed it."""
 
 Check = Callable[[Sequence[Any]], bool]
 
@@ -73,6 +79,8 @@ class Codec:
         time_ns, vcpu, step, outcome = entry
         if not 0 <= time_ns <= MASK64 or not -1 <= vcpu <= MASK64:
             raise TraceFormatError(f"time {time_ns}, vCPU {vcpu}: expected a time from 0 to 2^64-1 and a vCPU from -1")
+        if len(outcome) >= MAX_BLOCK_RECORDS:
+            raise TraceFormatError(f"{len(outcome)} outcome records: expected fewer than {MAX_BLOCK_RECORDS}")
         number, values = self._values(step, is_step=True)
         numbers, packed = [number], [self._pack((number, _delta(time_ns, since), vcpu, *values))]
         for record in outcome:
@@ -104,15 +112,19 @@ class Codec:
         kinds, count, new = self.kinds, len(self.kinds), tuple.__new__
         unpacker = msgpack.Unpacker(
             use_list=False,
-            max_buffer_size=max(len(block), 1),
+            max_buffer_size=len(block) + len(END),
             max_array_len=MAX_ARRAY_ITEMS,
             max_map_len=0,
             max_ext_len=0,
         )
-        unpacker.feed(block)
+        unpacker.feed(block + END)
         array: Any = None
         try:
-            for array in unpacker:
+            for records, array in enumerate(unpacker):
+                if records >= MAX_BLOCK_RECORDS:
+                    raise TraceFormatError(f"more than {MAX_BLOCK_RECORDS} records")
+                if array is None:
+                    break
                 number = array[0]
                 if number.__class__ is not int or not 0 <= number < count:
                     raise TraceFormatError(f"kind {number!r:.20} of {count}")
@@ -134,8 +146,8 @@ class Codec:
                     outcome.append(new(cls, values))
                 if not check(values):
                     raise TraceFormatError(f"{spec.kind} holds {values!r:.200}, expected {_words(spec)}")
-            if unpacker.tell() != len(block):
-                raise TraceFormatError(f"byte {unpacker.tell():#x} of the block: it ends inside a record")
+            if array is not None or unpacker.tell() != len(block) + len(END):
+                raise TraceFormatError("the block ends inside a record")
         except TraceFormatError as error:
             raise TraceFormatError(f"entry {len(entries)} of the block: {error}") from error
         except (ValueError, TypeError, IndexError, RecursionError, msgpack.UnpackException) as error:
@@ -194,10 +206,10 @@ def _is_plain(items: tuple[Any, ...], depth: int) -> bool:
     return True
 
 
-def _plain(value: Any) -> Any:
-    """An equal value of a type that travels: numbers of enumerations, tuples of named tuples."""
+def _plain(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """An equal value of a type that travels: numbers of enumerations, tuples of named tuples, to `depth` levels."""
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(_plain(item, depth - 1) for item in value) if depth >= 0 else value
     if isinstance(value, bool) or not isinstance(value, (int, str, bytes)):
         return value
     return int(value) if isinstance(value, int) else str(value) if isinstance(value, str) else bytes(value)

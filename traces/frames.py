@@ -27,7 +27,7 @@ HEAD = struct.Struct("<8s c B H I Q Q I I I Q Q I")
 HEAD_CRC = struct.Struct("<I")
 HEAD_BYTES = HEAD.size + HEAD_CRC.size
 
-MAX_RAW_BYTES = 64 << 20
+MAX_RAW_BYTES = 16 << 20
 """Longest payload before compression: bounds what a reader allocates for any file."""
 
 MAX_STORED_BYTES = MAX_RAW_BYTES + (1 << 20)
@@ -41,8 +41,8 @@ class Head(NamedTuple):
     """The head of a frame.
 
     `stream`: CRC-32 of the file's header payload, so that frames of another file are no part of this one; `number`:
-    of this frame among those of its kind, from 0; `first_entry`, `entries`: which entries it holds; `min_time`,
-    `max_time`: over them, in ns.
+    of the block, from 0; `first_entry`, `entries`: which entries it holds; `min_time`,
+    `max_time`: over them, in ns. An index has the numbers of the block and of the entry that would come next.
     """
 
     kind: bytes

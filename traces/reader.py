@@ -18,7 +18,7 @@ from sevlab.core.errors import TraceFormatError
 from sevlab.core.vocabulary import Vocabulary
 from sevlab.traces import frames
 from sevlab.traces.codec import Codec
-from sevlab.traces.scan import Block, Frame, Index, Loss, index_at_end, read_head, read_payload, scan, walk
+from sevlab.traces.scan import Block, Frame, Index, Loss, Scanner, index_at_end, read_head, read_payload, walk
 from sevlab.traces.schema import Entry, Header, unpack_header, vocabulary_of, with_trace_records
 
 MAX_HEADER_BYTES = 1 << 20
@@ -68,11 +68,9 @@ class TraceReader:
         )
 
     def _scan(self) -> None:
-        result = scan(self._file, self._size, self._stream)
+        found = Scanner(self._file, self._size, self._stream)
         self._scanned = True
-        self._blocks = result.blocks
-        self.losses = result.losses
-        self.index = result.summary
+        self._blocks, self.losses, self.index = found.blocks, found.losses, found.index
 
     # Entries ----------------------------------------------------------------------------------------------------
 

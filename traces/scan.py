@@ -65,14 +65,6 @@ class Index(NamedTuple):
     counts: dict[str, int]
 
 
-class Scan(NamedTuple):
-    """The result of a walk over the whole file; `summary` is the index that it met."""
-
-    blocks: list[Block]
-    losses: list[Loss]
-    summary: Index | None
-
-
 class Frame(NamedTuple):
     """An intact frame."""
 
@@ -148,13 +140,19 @@ def _numbers(table: dict[Any, Any]) -> bool:
     return all(isinstance(name, str) and type(count) is int for name, count in table.items())
 
 
-def index_at_end(file: BinaryIO, size: int, stream: int) -> Index | None:
-    """The index that the trailer points to, None when either is missing or damaged."""
+def trailer_offset(file: BinaryIO, size: int) -> int | None:
+    """The offset of the index as the trailer gives it, None when there is no trailer."""
     if size < frames.TRAILER.size:
         return None
     file.seek(size - frames.TRAILER.size)
     offset, marker = frames.TRAILER.unpack(file.read(frames.TRAILER.size))
-    if marker != frames.TRAILER_MARKER or offset >= size:
+    return offset if marker == frames.TRAILER_MARKER and offset < size else None
+
+
+def index_at_end(file: BinaryIO, size: int, stream: int) -> Index | None:
+    """The index that the trailer points to, None when either is missing or damaged."""
+    offset = trailer_offset(file, size)
+    if offset is None:
         return None
     head = read_head(file, offset)
     if head is None or head.kind != frames.INDEX or head.stream != stream:
@@ -163,59 +161,76 @@ def index_at_end(file: BinaryIO, size: int, stream: int) -> Index | None:
     return read_index(file, frame) if frame.end == size - frames.TRAILER.size else None
 
 
-def scan(file: BinaryIO, size: int, stream: int) -> Scan:
-    """Walk the whole file, believing nothing but checksums.
+class Scanner:
+    """A walk over the whole file that believes nothing but checksums.
 
     What is missing follows from the numbers: a block says which one it is and which entry it begins with, the index
-    how many there were.
+    how many there were. `blocks`, `losses` and `index` are the result.
     """
-    result = Scan([], [], None)
-    end, number, entry = 0, 0, 0  # accounted for: bytes, blocks, entries
-    broken: list[tuple[int, frames.Head, str]] = []
 
-    def account(offset: int, blocks: int | None, entries: int | None, otherwise: str = "no intact block there") -> None:
-        if (offset, blocks, entries) == (end, number, entry):
-            return
-        reason = "; ".join(f"{why} (frame at {at:#x})" for at, _, why in broken)
-        if not reason:
-            reason = otherwise if offset > end else "bytes are missing there"
-        lost_blocks = None if blocks is None else blocks - number
-        lost_entries = None if entries is None else entries - entry
-        result.losses.append(Loss(end, offset - end, number, lost_blocks, entry, lost_entries, reason))
+    def __init__(self, file: BinaryIO, size: int, stream: int) -> None:
+        self.blocks: list[Block] = []
+        self.losses: list[Loss] = []
+        self.index: Index | None = None
+        self._file = file
+        self._size = size
+        self._stream = stream
+        self._end = self._number = self._entry = 0  # accounted for: bytes, blocks, entries
+        self._broken: list[tuple[int, frames.Head, str]] = []
+        for found in walk(file, 0, size):
+            if not isinstance(found, Frame):
+                self._broken.append(found)
+            elif found.head.stream == stream and self._take(found):
+                self._end = found.end
+                self._broken.clear()
+        self._finish()
 
-    for found in walk(file, 0, size):
-        if not isinstance(found, Frame):
-            broken.append(found)
-            continue
-        offset, head = found.offset, found.head
-        if head.stream != stream:
-            continue
-        if head.kind == frames.RECORDS and head.number >= number and head.first_entry >= entry:
-            account(offset, head.number, head.first_entry)
+    def _take(self, frame: Frame) -> bool:
+        """Account for an intact frame; False when it is not in its place, and so part of what is lost."""
+        offset, head = frame.offset, frame.head
+        if self.index is not None:
+            return False
+        if head.kind == frames.RECORDS and head.number >= self._number and head.first_entry >= self._entry:
+            self._account(offset, head.number, head.first_entry)
             block = Block(offset, head.number, head.first_entry, head.entries, head.min_time, head.max_time)
-            result.blocks.append(block)
-            number, entry = block.number + 1, block.end
-        elif head.kind == frames.HEADER and not number:
-            account(offset, number, entry)
-        elif head.kind == frames.INDEX and (index := read_index(file, found)) is not None:
-            account(offset, len(index.blocks), index.entries)
-            number, entry, end = len(index.blocks), index.entries, found.end
-            broken.clear()
-            file.seek(end)
-            if file.read() == frames.TRAILER.pack(offset, frames.TRAILER_MARKER):
-                end = size
-            account(size, number, entry, "the trailer is damaged")
-            return result._replace(summary=index)
+            self.blocks.append(block)
+            self._number, self._entry = block.number + 1, block.end
+            return True
+        if head.kind == frames.HEADER and not self._number:
+            self._account(offset, 0, 0)
+            return True
+        if head.kind == frames.INDEX and head.number >= self._number and head.first_entry >= self._entry:
+            self.index = read_index(self._file, frame)
+            self._account(offset, head.number, head.first_entry)
+            self._number, self._entry = head.number, head.first_entry
+            return self.index is not None
+        return False
+
+    def _finish(self) -> None:
+        """Account for what follows the last intact frame."""
+        trailer = trailer_offset(self._file, self._size)
+        if self.index is not None:
+            if trailer is not None and self._end + frames.TRAILER.size == self._size:
+                self._end = self._size
+            self._account(self._size, self._number, self._entry, "the trailer is damaged")
+            return
+        for _, head, _ in reversed(self._broken):  # its head is intact: it says its numbers or, an index, the totals
+            if head.stream == self._stream and head.kind != frames.HEADER and head.number >= self._number:
+                after = head.kind == frames.RECORDS
+                self._account(self._size, head.number + after, head.first_entry + head.entries)
+                return
+        if self._end in {trailer, self._size}:  # nothing but the index stood there
+            self._account(self._size, self._number, self._entry, "the index is damaged")
         else:
-            continue
-        end = found.end
-        broken.clear()
-    if end < size:
-        torn = next(
-            (head for _, head, _ in reversed(broken) if head.kind == frames.RECORDS and head.stream == stream), None
-        )
-        if torn is None or torn.number < number:
-            account(size, None, None)
-        else:
-            account(size, torn.number + 1, torn.first_entry + torn.entries)
-    return result
+            self._account(self._size, None, None)
+
+    def _account(self, offset: int, number: int | None, entry: int | None, what: str = "no intact block there") -> None:
+        """At `offset`, block `number` and entry `entry` come next (None: unknown): note what is missing before."""
+        if (offset, number, entry) == (self._end, self._number, self._entry):
+            return
+        blocks = None if number is None else number - self._number
+        entries = None if entry is None else entry - self._entry
+        reason = "; ".join(f"{why} (frame at {at:#x})" for at, _, why in self._broken)
+        if not reason:
+            reason = what if offset > self._end else "bytes are missing there"
+        self.losses.append(Loss(self._end, offset - self._end, self._number, blocks, self._entry, entries, reason))

@@ -13,7 +13,7 @@ import zstandard
 from sevlab.core.errors import TraceFormatError
 from sevlab.core.vocabulary import Vocabulary
 from sevlab.traces import frames
-from sevlab.traces.codec import Codec
+from sevlab.traces.codec import MAX_BLOCK_RECORDS, Codec
 from sevlab.traces.schema import Entry, Header, declared, pack_header, vocabulary_of, with_trace_records
 
 BLOCK_BYTES = 256 << 10
@@ -50,7 +50,7 @@ class TraceWriter:
         self._kind_counts = [0] * len(self.header.kinds)
         self._index: list[tuple[int, ...]] = []
         self._block = bytearray()
-        self._block_entries = 0
+        self._block_entries = self._block_records = 0
         self._last_time = self._min_time = self._max_time = 0
         self._offset = 0
         self._closed = False
@@ -67,7 +67,11 @@ class TraceWriter:
         """Add an entry. Raises `TraceFormatError` for a record that the vocabulary does not have or allow."""
         time_ns = entry.time_ns
         packed, numbers = self._codec.pack(entry, self._last_time)
-        if len(self._block) + len(packed) > frames.MAX_RAW_BYTES and self._block_entries:
+        full = (
+            len(self._block) + len(packed) > frames.MAX_RAW_BYTES
+            or self._block_records + len(numbers) > MAX_BLOCK_RECORDS
+        )
+        if full and self._block_entries:
             self.flush()
             packed, numbers = self._codec.pack(entry, self._last_time)
         if not self._block_entries:
@@ -78,6 +82,7 @@ class TraceWriter:
             self._max_time = time_ns
         self._block += packed
         self._block_entries += 1
+        self._block_records += len(numbers)
         self._last_time = time_ns
         counts = self._kind_counts
         for number in numbers:
@@ -104,7 +109,7 @@ class TraceWriter:
         self._index.append((self._offset, first, self._block_entries, self._min_time, self._max_time))
         self._put(frame)
         self._block.clear()
-        self._block_entries = self._last_time = 0
+        self._block_entries = self._block_records = self._last_time = 0
 
     def close(self, counts: Mapping[str, int] | None = None) -> None:
         """Write what is left, the index and `counts`; a second call does nothing."""
@@ -115,8 +120,13 @@ class TraceWriter:
         index = {"entries": self.entries, "blocks": self._index, "kinds": kinds, "counts": dict(counts or {})}
         offset = self._offset
         frame = frames.pack_frame(
-            frames.INDEX, msgpack.packb(index), stream=self._stream, compressor=self._compressor
-        )  # fmt: skip
+            frames.INDEX,
+            msgpack.packb(index),
+            stream=self._stream,
+            number=len(self._index),
+            first_entry=self.entries,
+            compressor=self._compressor,
+        )
         self._put(frame + frames.TRAILER.pack(offset, frames.TRAILER_MARKER))
         self._end()
 
