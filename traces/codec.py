@@ -118,7 +118,7 @@ class Codec:
             max_ext_len=0,
         )
         unpacker.feed(block + END)
-        array: Any = None
+        array: Any = ()
         try:
             for records, array in enumerate(unpacker):
                 if records >= MAX_BLOCK_RECORDS:

@@ -61,7 +61,7 @@ def refused(data: bytes, reason: str) -> None:
     [
         (b"", "0 entries where the head says 1"),
         (b"\xc0", "ends inside a record"),
-        (msgpack.packb([*ADVANCE, b"xx"])[:-1], "ends inside a record"),
+        (msgpack.packb([NUMBERS["write"], 0, 0, 0, 0, 1, 0, False, b"xx"])[:-1], "ends inside a record"),
         (b"\0" * 1000, "TypeError"),
         (b"\xdd\xff\xff\xff\xff", "exceeds max_array_len"),
         (b"\xdc\xff\xff" * 2000, "exceeds max_array_len"),
