@@ -190,4 +190,5 @@ def _installed_vocabulary(header: Header) -> Vocabulary:
     from sevlab.core.plugins import installed
 
     known = installed()
-    return vocabulary_of(name for name in header.config.plugins if name in known)
+    names = {*header.config.plugins, *(plugin.name for plugin in header.plugins)}
+    return vocabulary_of(name for name in sorted(names) if name in known)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sevlab.core.vocabulary import Boundary, Checked, Derived, outcome, step
+from sevlab.core.vocabulary import Boundary, Checked, Derived, Input, outcome, step
 
 
 @step("trace.reset", Boundary.SCHEDULER)
@@ -16,9 +16,36 @@ class Reset(NamedTuple):
     """The machine returned to its marked state."""
 
 
+@step("trace.mark", Boundary.SCHEDULER)
+class Mark(NamedTuple):
+    """The present state became the one that a reset returns to."""
+
+
+@step("trace.state", Boundary.SCHEDULER)
+class State(NamedTuple):
+    """The machine was put into a state by other means than steps: `snapshot` as in `traces.machine_state`."""
+
+    snapshot: Input[bytes]
+
+
+@step("trace.end", Boundary.SCHEDULER)
+class End(NamedTuple):
+    """The sequence is over, and the oracles look at the whole of it."""
+
+
+@step("trace.unwritable", Boundary.SCHEDULER)
+class Unwritable(NamedTuple):
+    """A step, or its outcome, was nothing that a trace can hold (`reason`); what it changed follows as a state."""
+
+    reason: Derived[str]
+
+
 @outcome("trace.violation", Boundary.FAULT)
 class Violation(NamedTuple):
-    """The step ended in an `InvariantViolation` that left the machine: no oracle sink was attached."""
+    """The step ended in an exception that left the machine.
+
+    `rule` is that of an `InvariantViolation`, the name of any other exception.
+    """
 
     rule: Checked[str]
     message: Derived[str]
@@ -35,5 +62,5 @@ class Found(NamedTuple):
     state: Derived[str]
 
 
-TRACE_RECORDS: tuple[type, ...] = (Reset, Violation, Found)
+TRACE_RECORDS: tuple[type, ...] = (Reset, Mark, State, End, Unwritable, Violation, Found)
 """All kinds of this module; part of the vocabulary of every trace."""
