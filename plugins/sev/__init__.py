@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
 from sevlab.plugins.sev import asids, crypto, identity, transfers, vmsa_slots
+from sevlab.plugins.sev.chain import Check
 from sevlab.plugins.sev.command import Family, MailboxCommand, Request
 from sevlab.plugins.sev.command import markdown_table as command_table
 from sevlab.plugins.sev.command import register as register_commands
 from sevlab.plugins.sev.context import Gctx, SevState, sev_state
+from sevlab.plugins.sev.crypto import Point, public_point, scalar_from_seed
 from sevlab.plugins.sev.driver import (
     Launched,
     begin_launch,
@@ -27,7 +29,9 @@ from sevlab.plugins.sev.host import CoreWbinvd
 from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
 from sevlab.plugins.sev.numbers import Command, Policy, Status
 from sevlab.plugins.sev.setup import OPTIONS, register
+from sevlab.plugins.sev.signatures import RsaKey, rsa_pss_sign, sign_ecdsa, verify_ecdsa
 from sevlab.plugins.sev.states import GUEST, PLATFORM, GuestState, PlatformState
+from sevlab.plugins.sev.vendor import vendor_key
 
 if TYPE_CHECKING:
     from typing import Any
@@ -43,6 +47,7 @@ __all__ = [
     "LEGACY",
     "LEGACY_COMMANDS",
     "PLATFORM",
+    "Check",
     "Command",
     "CoreWbinvd",
     "Family",
@@ -51,8 +56,10 @@ __all__ = [
     "Launched",
     "MailboxCommand",
     "PlatformState",
+    "Point",
     "Policy",
     "Request",
+    "RsaKey",
     "SevState",
     "Status",
     "asids",
@@ -63,11 +70,17 @@ __all__ = [
     "initialise",
     "launch_guest",
     "need",
+    "public_point",
     "register_commands",
+    "rsa_pss_sign",
     "run",
+    "scalar_from_seed",
     "sev_state",
+    "sign_ecdsa",
     "stop_guest",
     "transfers",
+    "vendor_key",
+    "verify_ecdsa",
     "vmsa_slots",
 ]
 

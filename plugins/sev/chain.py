@@ -17,13 +17,13 @@ from sevlab.plugins.sev.certificates import (
     slot_of,
     usage_of,
 )
+from sevlab.plugins.sev.crypto import Point
 from sevlab.plugins.sev.signatures import (
-    Point,
-    ecdsa_sign,
-    ecdsa_verifies,
     pubkey_bytes,
     pubkey_point,
     rsa_pss_verifies,
+    sign_ecdsa,
+    verify_ecdsa,
 )
 
 
@@ -82,7 +82,7 @@ def slot_verifies(signer: Certificate, subject: SevCertificate, slot: Slot) -> b
         point is not None
         and algorithm in ECDSA
         and algorithm == signer.pubkey_algo
-        and ecdsa_verifies(point, signed, signature, algorithm)
+        and verify_ecdsa(point, signed, signature, algorithm)
     )
 
 
@@ -138,7 +138,7 @@ def with_signature(
 
 def signed_by(certificate: SevCertificate, slot: Slot, usage: Usage, scalar: int) -> SevCertificate:
     """`certificate` with the ECDSA-SHA256 signature of the key `scalar`, whose role is `usage`, in a slot."""
-    signature = ecdsa_sign(scalar, certificate.to_bytes()[:SIGNED_BYTES])
+    signature = sign_ecdsa(scalar, certificate.to_bytes()[:SIGNED_BYTES])
     return with_signature(certificate, slot, usage, Algorithm.ECDSA_SHA256, signature)
 
 

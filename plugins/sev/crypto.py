@@ -23,6 +23,7 @@ from sevlab.plugins.sev.layout import (
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.hashes import HashAlgorithm
 
 LABEL_MASTER_SECRET = b"sev-master-secret"
 LABEL_KEK = b"sev-kek"
@@ -190,6 +191,12 @@ def _ec() -> Any:
     return ec
 
 
+def _sha(hash_bits: int) -> HashAlgorithm:
+    from cryptography.hazmat.primitives import hashes
+
+    return hashes.SHA384() if hash_bits == 384 else hashes.SHA256()
+
+
 ORDER = int(
     "ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973",
     16,
@@ -234,26 +241,24 @@ def ecdh(scalar: int, point: Point) -> bytes | None:
     return shared.rjust(FIELD_BYTES, b"\0")
 
 
-def ecdsa_sign(scalar: int, message: bytes) -> tuple[int, int]:
-    """(r, s) over SHA-256 of `message`; deterministic. Source: RFC 6979; 55766, ECDSA with SHA-256."""
+def ecdsa_sign(scalar: int, message: bytes, *, hash_bits: int = 256) -> tuple[int, int]:
+    """(r, s) over SHA-256 (or, for `hash_bits` 384, SHA-384) of `message`; deterministic. Source: RFC 6979."""
     from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-    from cryptography.hazmat.primitives.hashes import SHA256
 
-    algorithm = _ec().ECDSA(SHA256(), deterministic_signing=True)
+    algorithm = _ec().ECDSA(_sha(hash_bits), deterministic_signing=True)
     return decode_dss_signature(private_key(scalar).sign(message, algorithm))
 
 
-def ecdsa_verify(point: Point, message: bytes, signature: tuple[int, int]) -> bool:
-    """Whether (r, s) is a signature over SHA-256 of `message` by the key of `point`."""
+def ecdsa_verify(point: Point, message: bytes, signature: tuple[int, int], *, hash_bits: int = 256) -> bool:
+    """Whether (r, s) is a signature over the hash of `message` by the key of `point`."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-    from cryptography.hazmat.primitives.hashes import SHA256
 
     key = public_key(point)
     if key is None:
         return False
     try:
-        key.verify(encode_dss_signature(*signature), message, _ec().ECDSA(SHA256()))
+        key.verify(encode_dss_signature(*signature), message, _ec().ECDSA(_sha(hash_bits)))
     except InvalidSignature:
         return False
     return True

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from sevlab.plugins.sev.certificates import SevCertificate, Slot, Usage
 from sevlab.plugins.sev.chain import make_certificate, signed_by
 from sevlab.plugins.sev.context import Identity, SevState, sev_state
-from sevlab.plugins.sev.crypto import KEY_SEED_BYTES, LABEL_CEK, kdf, public_point, scalar_from_seed
-from sevlab.plugins.sev.signatures import Point
+from sevlab.plugins.sev.crypto import KEY_SEED_BYTES, LABEL_CEK, Point, kdf, public_point, scalar_from_seed
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine

@@ -1,26 +1,56 @@
-"""RSA-PSS and ECDSA as the certificates store them: keys are numbers, signatures are deterministic.
+"""RSA-PSS and ECDSA as certificates and reports store them.
 
-Private keys are plain numbers so that a machine's state stays data. ECDSA nonces follow RFC 6979; the salt of a PSS
-signature is derived from key and message in the same spirit, because a random one would differ in each run.
+Signatures are deterministic: ECDSA nonces follow RFC 6979, and the salt of a PSS signature is derived from key and
+message in the same spirit, because a random one would differ in each run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from sevlab.plugins.sev.certificates import COORDINATE_BYTES, Algorithm, Curve, EcdsaSignature, EcPublicKey
+from sevlab.plugins.sev.crypto import Point, ecdsa_sign, ecdsa_verify, public_key
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
+RSA_EXPONENT = 65537
 
-P384_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973
-"""Order of the group of P-384. Source: FIPS 186-4, D.1.2.4."""
 
-EC_SEED_BYTES = 56
-"""Bytes that make a P-384 key: 64 bits more than the order has. Source: FIPS 186-4, B.4.1; 55766, CEK derivation."""
+def hash_bits(algorithm: int) -> int:
+    """Width of the hash that an algorithm number names."""
+    return 384 if algorithm & 0x100 else 256
+
+
+# Elliptic curves --------------------------------------------------------------------------------------------------
+
+
+def sign_ecdsa(scalar: int, message: bytes, algorithm: int = Algorithm.ECDSA_SHA256) -> bytes:
+    """The deterministic signature of `message`: 0x200 bytes, an `EcdsaSignature`. Source: RFC 6979."""
+    r, s = ecdsa_sign(scalar, message, hash_bits=hash_bits(algorithm))
+    return EcdsaSignature.build(r=r.to_bytes(COORDINATE_BYTES, "little"), s=s.to_bytes(COORDINATE_BYTES, "little"))
+
+
+def verify_ecdsa(point: Point, message: bytes, signature: bytes, algorithm: int = Algorithm.ECDSA_SHA256) -> bool:
+    """Whether `signature` (an `EcdsaSignature`) is the key's at `point` for `message`; bytes after s are ignored."""
+    values = EcdsaSignature.from_bytes(signature)
+    numbers = int.from_bytes(values.r, "little"), int.from_bytes(values.s, "little")
+    return ecdsa_verify(point, message, numbers, hash_bits=hash_bits(algorithm))
+
+
+def pubkey_bytes(point: Point) -> bytes:
+    """The public key field of a certificate."""
+    x, y = (number.to_bytes(COORDINATE_BYTES, "little") for number in point)
+    return EcPublicKey.build(curve=Curve.P384, qx=x, qy=y)
+
+
+def pubkey_point(pubkey: bytes) -> Point | None:
+    """The point in a certificate's public key field; None when it names another curve or is not on P-384."""
+    key = EcPublicKey.from_bytes(pubkey)
+    point = Point(int.from_bytes(key.qx, "little"), int.from_bytes(key.qy, "little"))
+    return point if key.curve == Curve.P384 and public_key(point) is not None else None
+
+
+# RSA --------------------------------------------------------------------------------------------------------------
 
 
 class RsaKey(NamedTuple):
@@ -40,107 +70,20 @@ class RsaKey(NamedTuple):
         return pow(RSA_EXPONENT, -1, (self.p - 1) * (self.q - 1))
 
 
-RSA_EXPONENT = 65537
-
-
-class Point(NamedTuple):
-    """A public key on P-384."""
-
-    x: int
-    y: int
-
-
-def _hash_of(algorithm: int) -> hashes.HashAlgorithm:
-    from cryptography.hazmat.primitives import hashes
-
-    return hashes.SHA384() if algorithm & 0x100 else hashes.SHA256()
-
-
-# Elliptic curves --------------------------------------------------------------------------------------------------
-
-
-def ec_scalar(seed: bytes) -> int:
-    """The private key of P-384 that 56 seed bytes give. Source: FIPS 186-4, B.4.1 (extra random bits)."""
-    return int.from_bytes(seed, "big") % (P384_ORDER - 1) + 1
-
-
-def ec_public_point(scalar: int) -> Point:
-    """The public key of the private key `scalar`."""
-    numbers = _ec_private_key(scalar).public_key().public_numbers()
-    return Point(numbers.x, numbers.y)
-
-
-def ec_public_key(point: Point) -> ec.EllipticCurvePublicKey | None:
-    """The key at `point`; None when the point is not on P-384."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    try:
-        return ec.EllipticCurvePublicNumbers(point.x, point.y, ec.SECP384R1()).public_key()
-    except ValueError:
-        return None
-
-
-def ecdsa_sign(scalar: int, message: bytes, algorithm: int = Algorithm.ECDSA_SHA256) -> bytes:
-    """The deterministic signature of `message`: 0x200 bytes, an `EcdsaSignature`. Source: RFC 6979."""
-    from cryptography.hazmat.primitives.asymmetric import ec, utils
-
-    scheme = ec.ECDSA(_hash_of(algorithm), deterministic_signing=True)
-    r, s = utils.decode_dss_signature(_ec_private_key(scalar).sign(message, scheme))
-    return EcdsaSignature.build(r=r.to_bytes(COORDINATE_BYTES, "little"), s=s.to_bytes(COORDINATE_BYTES, "little"))
-
-
-def ecdsa_verifies(point: Point, message: bytes, signature: bytes, algorithm: int = Algorithm.ECDSA_SHA256) -> bool:
-    """Whether `signature` (an `EcdsaSignature`) is the key's at `point` for `message`; bytes after s are ignored."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric import ec, utils
-
-    key = ec_public_key(point)
-    if key is None:
-        return False
-    values = EcdsaSignature.from_bytes(signature)
-    r, s = int.from_bytes(values.r, "little"), int.from_bytes(values.s, "little")
-    try:
-        key.verify(utils.encode_dss_signature(r, s), message, ec.ECDSA(_hash_of(algorithm)))
-    except InvalidSignature:
-        return False
-    return True
-
-
-def pubkey_bytes(point: Point) -> bytes:
-    """The public key field of a certificate."""
-    x, y = (number.to_bytes(COORDINATE_BYTES, "little") for number in point)
-    return EcPublicKey.build(curve=Curve.P384, qx=x, qy=y)
-
-
-def pubkey_point(pubkey: bytes) -> Point | None:
-    """The point in a certificate's public key field; None when it names another curve or is not on P-384."""
-    key = EcPublicKey.from_bytes(pubkey)
-    point = Point(int.from_bytes(key.qx, "little"), int.from_bytes(key.qy, "little"))
-    return point if key.curve == Curve.P384 and ec_public_key(point) is not None else None
-
-
-def _ec_private_key(scalar: int) -> ec.EllipticCurvePrivateKey:
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    return ec.derive_private_key(scalar, ec.SECP384R1())
-
-
-# RSA --------------------------------------------------------------------------------------------------------------
-
-
 def rsa_pss_verifies(modulus: int, exponent: int, message: bytes, signature: bytes, algorithm: int) -> bool:
     """Whether `signature` (big-endian, as wide as the modulus) is a PSS signature of `message`.
 
     MGF1 and the salt's length follow the hash, as in AMD's certificates.
     """
     from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
     try:
         key = rsa.RSAPublicNumbers(exponent, modulus).public_key()
     except ValueError:
         return False
-    digest = _hash_of(algorithm)
+    digest = hashes.SHA384() if hash_bits(algorithm) == 384 else hashes.SHA256()
     try:
         key.verify(signature, message, padding.PSS(padding.MGF1(digest), digest.digest_size), digest)
     except InvalidSignature:
@@ -153,7 +96,7 @@ def rsa_pss_sign(key: RsaKey, message: bytes, algorithm: int) -> bytes:
 
     Source: RFC 8017, 8.1.1 and 9.1.1 (EMSA-PSS).
     """
-    hash_name = _hash_of(algorithm).name
+    hash_name = f"sha{hash_bits(algorithm)}"
     hash_bytes = hashlib.new(hash_name).digest_size
     modulus_bits = key.modulus.bit_length()
     encoded_bytes = -(-(modulus_bits - 1) // 8)

@@ -22,7 +22,8 @@ from sevlab.plugins.sev.certificates import (
     usage_of,
 )
 from sevlab.plugins.sev.chain import make_certificate, root_name, signature_verifies, signed_by, verify_chain
-from sevlab.plugins.sev.signatures import RSA_EXPONENT, ec_public_point
+from sevlab.plugins.sev.crypto import public_point
+from sevlab.plugins.sev.signatures import RSA_EXPONENT
 from sevlab.plugins.sev.vendor import PRIME_STEPS, key_bits, signed_by_vendor, vendor_certificate, vendor_key
 
 SCALARS = {Usage.CEK: 11, Usage.OCA: 12, Usage.PEK: 13, Usage.PDH: 14}
@@ -30,7 +31,7 @@ SCALARS = {Usage.CEK: 11, Usage.OCA: 12, Usage.PEK: 13, Usage.PDH: 14}
 
 @cache
 def chain_of(generation):
-    new = {usage: make_certificate(usage, ec_public_point(scalar), api=(1, 55)) for usage, scalar in SCALARS.items()}
+    new = {usage: make_certificate(usage, public_point(scalar), api=(1, 55)) for usage, scalar in SCALARS.items()}
     cek = signed_by_vendor(new[Usage.CEK], generation)
     oca = signed_by(new[Usage.OCA], Slot.FIRST, Usage.OCA, SCALARS[Usage.OCA])
     pek = signed_by(new[Usage.PEK], Slot.FIRST, Usage.OCA, SCALARS[Usage.OCA])

@@ -11,20 +11,15 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 from sevlab.plugins.sev.certificates import Algorithm, EcdsaSignature
+from sevlab.plugins.sev.crypto import KEY_SEED_BYTES, ORDER, Point, public_key, public_point, scalar_from_seed
 from sevlab.plugins.sev.signatures import (
-    EC_SEED_BYTES,
-    P384_ORDER,
     RSA_EXPONENT,
-    Point,
-    ec_public_key,
-    ec_public_point,
-    ec_scalar,
-    ecdsa_sign,
-    ecdsa_verifies,
     pubkey_bytes,
     pubkey_point,
     rsa_pss_sign,
     rsa_pss_verifies,
+    sign_ecdsa,
+    verify_ecdsa,
 )
 from sevlab.plugins.sev.vendor import vendor_key
 
@@ -47,38 +42,38 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize("algorithm", SAMPLE)
-def test_ecdsa_signatures_are_those_of_rfc_6979(algorithm):
-    values = EcdsaSignature.from_bytes(ecdsa_sign(SCALAR, b"sample", algorithm))
+def test_sign_ecdsaatures_are_those_of_rfc_6979(algorithm):
+    values = EcdsaSignature.from_bytes(sign_ecdsa(SCALAR, b"sample", algorithm))
     assert (int.from_bytes(values.r, "little"), int.from_bytes(values.s, "little")) == SAMPLE[algorithm]
-    assert ec_public_point(SCALAR) == PUBLIC
-    assert ecdsa_verifies(PUBLIC, b"sample", values.to_bytes(), algorithm)
-    assert not ecdsa_verifies(PUBLIC, b"samplf", values.to_bytes(), algorithm)
+    assert public_point(SCALAR) == PUBLIC
+    assert verify_ecdsa(PUBLIC, b"sample", values.to_bytes(), algorithm)
+    assert not verify_ecdsa(PUBLIC, b"samplf", values.to_bytes(), algorithm)
 
 
 def test_ecdsa_refuses_another_hash_and_numbers_of_zero():
-    signature = ecdsa_sign(SCALAR, b"sample", Algorithm.ECDSA_SHA256)
-    assert not ecdsa_verifies(PUBLIC, b"sample", signature, Algorithm.ECDSA_SHA384)
-    assert not ecdsa_verifies(PUBLIC, b"sample", bytes(0x200))
-    assert not ecdsa_verifies(Point(PUBLIC.x, PUBLIC.y ^ 1), b"sample", signature)
+    signature = sign_ecdsa(SCALAR, b"sample", Algorithm.ECDSA_SHA256)
+    assert not verify_ecdsa(PUBLIC, b"sample", signature, Algorithm.ECDSA_SHA384)
+    assert not verify_ecdsa(PUBLIC, b"sample", bytes(0x200))
+    assert not verify_ecdsa(Point(PUBLIC.x, PUBLIC.y ^ 1), b"sample", signature)
 
 
-@given(st.binary(min_size=EC_SEED_BYTES, max_size=EC_SEED_BYTES))
+@given(st.binary(min_size=KEY_SEED_BYTES, max_size=KEY_SEED_BYTES))
 def test_every_seed_gives_a_key_of_the_curve(seed):
-    scalar = ec_scalar(seed)
-    assert 1 <= scalar < P384_ORDER
-    point = ec_public_point(scalar)
-    assert ec_public_key(point) is not None
+    scalar = scalar_from_seed(seed)
+    assert 1 <= scalar < ORDER
+    point = public_point(scalar)
+    assert public_key(point) is not None
     assert pubkey_point(pubkey_bytes(point)) == point
 
 
 @pytest.mark.parametrize(
     ("seed", "scalar"),
-    [(bytes(56), 1), (bytes(55) + b"\1", 2), ((P384_ORDER - 2).to_bytes(56, "big"), P384_ORDER - 1)],
+    [(bytes(56), 1), (bytes(55) + b"\1", 2), ((ORDER - 2).to_bytes(56, "big"), ORDER - 1)],
     ids=["zero", "one", "largest"],
 )
 def test_seeds_map_to_the_numbers_below_the_order(seed, scalar):
-    assert ec_scalar(seed) == scalar
-    assert ec_scalar((P384_ORDER - 1).to_bytes(56, "big")) == 1
+    assert scalar_from_seed(seed) == scalar
+    assert scalar_from_seed((ORDER - 1).to_bytes(56, "big")) == 1
 
 
 def test_a_key_off_the_curve_or_of_another_curve_is_none():
