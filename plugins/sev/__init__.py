@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
 from sevlab.plugins.sev import asids, crypto, identity, transfers, vmsa_slots
+from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm
 from sevlab.plugins.sev.chain import Check
 from sevlab.plugins.sev.command import Family, MailboxCommand, Request
 from sevlab.plugins.sev.command import markdown_table as command_table
@@ -29,7 +30,7 @@ from sevlab.plugins.sev.host import CoreWbinvd
 from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
 from sevlab.plugins.sev.numbers import Command, Policy, Status
 from sevlab.plugins.sev.setup import OPTIONS, register
-from sevlab.plugins.sev.signatures import RsaKey, rsa_pss_sign, sign_ecdsa, verify_ecdsa
+from sevlab.plugins.sev.signatures import RSA_EXPONENT, RsaKey, rsa_pss_sign, sign_ecdsa, verify_ecdsa
 from sevlab.plugins.sev.states import GUEST, PLATFORM, GuestState, PlatformState
 from sevlab.plugins.sev.vendor import vendor_key
 
@@ -47,6 +48,8 @@ __all__ = [
     "LEGACY",
     "LEGACY_COMMANDS",
     "PLATFORM",
+    "RSA_EXPONENT",
+    "Algorithm",
     "Check",
     "Command",
     "CoreWbinvd",
@@ -102,7 +105,7 @@ def sevlab_records() -> tuple[type, ...]:
 
 @hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return LAYOUTS
+    return LAYOUTS + CERTIFICATE_LAYOUTS
 
 
 @hookimpl

@@ -102,6 +102,9 @@ class AmdCertificateHeader(Layout, size=0x40):
     modulus_bits = u32(0x3C, values=(2048, 4096), unit="bits", source=SOURCE)
 
 
+CERTIFICATE_LAYOUTS: tuple[type[Layout], ...] = (SevCertificate, EcPublicKey, EcdsaSignature, AmdCertificateHeader)
+
+
 @dataclass(frozen=True, slots=True)
 class AmdCertificate:
     """An ARK or ASK: the header, then exponent, modulus and signature as wide as the header says."""

@@ -12,6 +12,7 @@ from sevlab.core.hookspecs import hookimpl
 from sevlab.plugins.snp.handlers import register
 from sevlab.plugins.snp.layout import RmpEntry, RmpState
 from sevlab.plugins.snp.records import RMP_RECORDS
+from sevlab.plugins.snp.report import REPORT_LAYOUTS
 from sevlab.plugins.snp.states import PAGE_STATES, PageState, page_state
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def sevlab_records() -> tuple[type, ...]:
 
 @hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return (RmpEntry, RmpState)
+    return (RmpEntry, RmpState, *REPORT_LAYOUTS)
 
 
 @hookimpl

@@ -17,7 +17,8 @@ from sevlab.plugins.sev.certificates import (
     slot_of,
     usage_of,
 )
-from sevlab.plugins.sev.chain import root_name, signature_verifies, verify_chain
+from sevlab.plugins.sev.chain import ARK_ROOTS, root_name, signature_verifies, verify_chain
+from sevlab.plugins.snp.x509 import issued_by, modulus_digest, outer_parts, parse_der
 
 from tests.vectors import load_json, vector_set
 
@@ -27,7 +28,8 @@ SUBJECTS = EXPECTED["certs"]
 DATA = {name: (LEGACY / fields["file"]).read_bytes() for name, fields in SUBJECTS.items()}
 
 FLIPS = {
-    "legacy/expected.json": ("signer", "subject", "qx", "key_id", "modulus_sha256_le", "api_minor", "sig1_algo", "size")
+    "legacy/expected.json": ("signer", "subject", "qx", "key_id", "modulus_sha256_le", "api_minor", "sig1_algo"),
+    "snp/expected.json": ("signer", "subject", "subject_cn", "serial", "not_after", "key", "hwid", "ucode_spl"),
 }
 
 
@@ -176,3 +178,91 @@ def test_certificates_that_follow_each_other_are_found_with_their_offsets():
     ]
     with pytest.raises(FormatError, match=r"offset 0x824, end: expected one certificate"):
         parse_certificate(data)
+
+
+# X.509 ------------------------------------------------------------------------------------------------------------
+
+SNP = vector_set("certs") / "snp"
+SNP_EXPECTED = load_json(SNP / "expected.json")
+SNP_DATA = {name: (SNP / fields["file"]).read_bytes() for name, fields in SNP_EXPECTED["certs"].items()}
+SPL_NAMES = {"bl_spl": "bootloader", "tee_spl": "tee", "snp_spl": "snp", "ucode_spl": "microcode", "fmc_spl": "fmc"}
+
+
+@pytest.mark.parametrize("name", SNP_DATA)
+def test_every_field_of_an_x509_certificate(name):
+    expected = SNP_EXPECTED["certs"][name]
+    certificate = parse_der(SNP_DATA[name], name)
+    key = certificate.x509.public_key()
+    assert hashlib.sha256(certificate.der).hexdigest() == expected["sha256"]
+    assert certificate.subject == expected["subject_cn"]
+    assert certificate.issuer == expected["issuer_cn"]
+    assert certificate.x509.not_valid_before_utc.isoformat() == expected["not_before"]
+    assert certificate.x509.not_valid_after_utc.isoformat() == expected["not_after"]
+    assert certificate.serial == int(expected["serial"], 16)
+    assert (f"rsa{key.key_size}" if key.key_size > 1000 else key.curve.name) == expected["key"]
+    assert (expected["sig_alg"] == "rsassaPss") == (outer_parts(certificate) is not None)
+    extensions = certificate.extensions
+    if extensions is None:
+        assert expected["amd_ext"] == {}
+        return
+    got = extensions.spl | {"struct_version": extensions.struct_version, "product_name": extensions.product_name}
+    got["hwid"] = extensions.hwid.hex()
+    assert got == {SPL_NAMES.get(field, field): value for field, value in expected["amd_ext"].items()}
+
+
+def test_exactly_the_listed_pairs_of_x509_certificates_verify():
+    certificates = {name: parse_der(data, name) for name, data in SNP_DATA.items()}
+    verified = {
+        (signer, subject)
+        for signer in certificates
+        for subject in certificates
+        if issued_by(certificates[subject], certificates[signer])
+    }
+    assert verified == {(pair["signer"], pair["subject"]) for pair in SNP_EXPECTED["verifies"]}
+
+
+@pytest.mark.parametrize("name", SNP_EXPECTED["chain_ok_openssl"])
+def test_the_chain_of_a_real_vcek_ends_at_a_root_of_amd(name):
+    generation = name.split("-")[0]
+    vcek, ask, ark = (parse_der(SNP_DATA[part], part) for part in (name, f"{generation}-ask", f"{generation}-ark"))
+    complete = issued_by(vcek, ask) and issued_by(ask, ark) and issued_by(ark, ark)
+    assert complete == SNP_EXPECTED["chain_ok_openssl"][name]
+    assert ARK_ROOTS[modulus_digest(ark)] == generation.title()
+
+
+def x509_survivors(name, places):
+    """The bits of certificate `name` that may be changed without anybody noticing."""
+    (signer_name,) = {pair["signer"] for pair in SNP_EXPECTED["verifies"] if pair["subject"] == name}
+    signer = parse_der(SNP_DATA[signer_name], signer_name)
+    left = []
+    for byte, bit in places:
+        changed = bytearray(SNP_DATA[name])
+        changed[byte] ^= 1 << bit
+        try:
+            subject = parse_der(bytes(changed), name)
+        except FormatError:
+            continue
+        if issued_by(subject, subject if signer_name == name else signer):
+            left.append((byte, bit))
+    return left
+
+
+@pytest.mark.parametrize("name", SNP_DATA)
+def test_a_changed_bit_anywhere_in_an_x509_certificate_is_noticed(name):
+    assert not x509_survivors(name, [(number // 8, number % 8) for number in range(0, len(SNP_DATA[name]) * 8, 43)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SNP_DATA)
+def test_every_changed_bit_of_an_x509_certificate_is_noticed(name):
+    assert not x509_survivors(name, [(byte, bit) for byte in range(len(SNP_DATA[name])) for bit in range(8)])
+
+
+@pytest.mark.parametrize("name", ["milan-ark", "turin-vcek-a"])
+def test_an_x509_certificate_cut_at_any_byte_names_file_and_offset(name):
+    data = SNP_DATA[name]
+    for length in range(len(data)):
+        with pytest.raises(FormatError) as error:
+            parse_der(data[:length], "cut.der")
+        assert error.value.name == "cut.der"
+        assert error.value.offset <= length
