@@ -12,6 +12,7 @@ PINS = 24
 SELECT, WINDOW, EOI = 0x00, 0x10, 0x40
 MASKED, LEVEL, REMOTE_IRR = 1 << 16, 1 << 15, 1 << 14
 READ_ONLY = REMOTE_IRR | 1 << 12
+DESTINATION = 0xFF00_0000
 
 REGISTERS = (
     Register(0x00, "select", 4, "rw", "index: 0 ID, 1 version, 10h + 2n and 11h + 2n pin n"),
@@ -94,7 +95,7 @@ class IoApic(Stateful):
             pin = index - 0x10 >> 1
             old = self.entry(pin)
             if index & 1:
-                self.redirection[pin] = old & 0xFFFF_FFFF | value << 32
+                self.redirection[pin] = old & 0xFFFF_FFFF | (value & DESTINATION) << 32
                 return
             self.redirection[pin] = old >> 32 << 32 | value & ~READ_ONLY & 0x1_FFFF | old & READ_ONLY
             if not value & LEVEL:
