@@ -100,7 +100,9 @@ class Slots:
     - `clock(machine) -> ticks`: the time-stamp counter
     - `hypercall(machine, vcpu, frame) -> HypercallEnd`: whose ABI VMMCALL speaks (see `core.hypercall`); none: #UD
     - `direct_interrupt(machine, vcpu) -> vector | None`: what the hypervisor injects ahead of all interrupt controllers
+    - `nmi_complete(machine, vcpu)`: an encrypted guest says that its NMI handler has ended
     - `scheduler(machine, runnable vCPUs) -> vCPU`: who runs next
+    - `start_vcpu(machine, vcpu, vector) -> bool`: a start-up IPI arrives; True: done, False: start it in real mode
     """
 
     __slots__ = (
@@ -111,8 +113,10 @@ class Slots:
         "hypercall",
         "inject_filter",
         "key_of",
+        "nmi_complete",
         "page_owner_changed",
         "scheduler",
+        "start_vcpu",
         "vmrun_enter",
         "vmrun_exit",
     )
@@ -127,7 +131,9 @@ class Slots:
     clock: Callable[[Machine], int] | None
     hypercall: HypercallOwner | None
     direct_interrupt: Callable[[Machine, Vcpu], int | None] | None
+    nmi_complete: Callable[[Machine, Vcpu], None] | None
     scheduler: Callable[[Machine, tuple[Vcpu, ...]], Vcpu] | None
+    start_vcpu: Callable[[Machine, Vcpu, int], bool] | None
 
     def __init__(self) -> None:
         for name in self.__slots__:

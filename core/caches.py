@@ -12,6 +12,7 @@ Source: spec 24593, 15.34.9 and 7.10.6; Linux arch/x86/kvm/svm/sev.c, sev_flush_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sevlab.core.crypto import MemoryKey
@@ -111,6 +112,11 @@ class CachedMemory(Memory):
     def dirty_lines(self) -> int:
         """How many lines DRAM does not know of."""
         return sum(line.dirty for line in self._lines.values())
+
+    def defer(self, spa: int, key: MemoryKey | None, source: Callable[[], bytes], tag: int) -> None:
+        """As `Memory.defer`; no line of the page stays behind."""
+        self.flush_page(spa)
+        super().defer(spa, key, source, tag)
 
     def mark(self) -> None:
         """Make the present content, cached lines included, what `reset` returns to."""

@@ -19,7 +19,7 @@ Three cases, three types: a field with `valid_bit` reads as int and raises `Inva
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import EnumMeta
 from typing import Any, ClassVar, Self, TypeAlias, cast
 
@@ -158,6 +158,21 @@ class Layout(metaclass=_NoDict):
         if len(data) != cls.SIZE:
             raise LayoutError(f"{cls.__name__}: {len(data)} bytes, expected {cls.SIZE}")
         return cast("Self", cls._decode(bytes(data), version))
+
+    @classmethod
+    def decoder(cls, *fields: str, or_zero: Iterable[str] = ()) -> Callable[[bytes], Self]:
+        """A function that decodes only `fields`: for a handler that declares what it reads, and reads it often.
+
+        Those of `or_zero` (decoded too) read 0 when their valid bit is clear. Any other field of its snapshots
+        raises `InvariantViolation` ("layout.undeclared"). Raises `LayoutError` for an unknown field.
+        """
+        wanted = {*fields, *or_zero}
+        for name in wanted:
+            if name not in cls.FIELDS:
+                raise LayoutError(f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.FIELDS)}")
+        infos = [info for info in cls.FIELDS.values() if info.name in wanted]
+        decode, _ = make_snapshot(cls, infos, frozenset(or_zero))
+        return cast("Callable[[bytes], Self]", decode.__func__)
 
     @classmethod
     def build(cls, **fields: FieldValue) -> bytes:

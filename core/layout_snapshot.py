@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
+from sevlab.core.errors import InvariantViolation
 from sevlab.core.layout_fields import VALID_BIT_SPAN_BYTES, FieldInfo, Kind, array_struct, not_valid, valid_place
 
 if TYPE_CHECKING:
     from sevlab.core.layout import Layout
 
 
-def make_snapshot(cls: type[Layout], infos: list[FieldInfo]) -> tuple[Any, type]:
-    """The class of snapshots and the function that decodes bytes into one.
+def make_snapshot(cls: type[Layout], infos: list[FieldInfo], or_zero: frozenset[str] = frozenset()) -> tuple[Any, type]:
+    """The class of snapshots of the fields `infos` and the function that decodes bytes into one.
 
     The class has a slot for each field, which hides the field's descriptor, so that a read is a plain slot read. A
-    field whose valid bit is clear is left unset; `__getattr__`, which Python calls only then, raises.
+    field whose valid bit is clear is left unset (0 where `or_zero` names it); `__getattr__`, which Python calls only
+    then, raises.
     """
     words: dict[int, FieldInfo] = {}
     for info in infos:
@@ -31,7 +34,7 @@ def make_snapshot(cls: type[Layout], infos: list[FieldInfo]) -> tuple[Any, type]
         pattern += f"{info.width_bytes}s" if info.kind is Kind.BYTES else "xBHxIxxxQ"[info.width_bytes]
         items[offset, info.width_bytes] = f"w{offset}"
         position = offset + info.width_bytes
-    lines = ["def decode(data, version):", "    item = new(snapshot_class)", "    put(item, '_raw', data)"]
+    lines = ["def decode(data, version=None):", "    item = new(snapshot_class)", "    put(item, '_raw', data)"]
     lines.append("    put(item, 'version', version)")
     if items:
         lines.append(f"    {', '.join(items.values())}, = unpack(data, 0)")
@@ -50,11 +53,15 @@ def make_snapshot(cls: type[Layout], infos: list[FieldInfo]) -> tuple[Any, type]
             store = f"put_{info.name}(item, {value} if version is None or version >= {info.since} else None)"
         if info.valid_bit:
             lines.append(f"    if valid >> {info.offset // VALID_BIT_SPAN_BYTES} & 1: {store}")
+            if info.name in or_zero:
+                lines.append(f"    else: put_{info.name}(item, 0)")
         else:
             lines.append(f"    {store}")
     lines.append("    return item")
 
-    body: dict[str, Any] = {"__slots__": ("_raw", "version", *cls.FIELDS), "_is_snapshot": True}
+    chosen = {info.name: info for info in infos}
+    body: dict[str, Any] = {"__slots__": ("_raw", "version", *chosen), "_is_snapshot": True, "FIELDS": chosen}
+    body |= {name: property(_undeclared(cls, name)) for name in cls.FIELDS if name not in chosen}
     body |= {"__setattr__": _immutable, "__delattr__": _immutable, "__getattr__": _unset, "__repr__": _repr}
     body |= {"__eq__": _equal, "__hash__": _hash, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     body |= {"raw": _raw, "is_valid": _snapshot_is_valid, "value_or_zero": _snapshot_value_or_zero}
@@ -65,13 +72,20 @@ def make_snapshot(cls: type[Layout], infos: list[FieldInfo]) -> tuple[Any, type]
         "new": object.__new__,
         "put": object.__setattr__,
         "unpack": Struct(pattern).unpack_from,
-        "infos": cls.FIELDS,
+        "infos": chosen,
         "whole": _decode_alone,
     }
     # A slot's own __set__ is four times faster than object.__setattr__, and the class forbids plain assignment.
-    scope |= {f"put_{name}": vars(snapshot_class)[name].__set__ for name in cls.FIELDS}
+    scope |= {f"put_{name}": vars(snapshot_class)[name].__set__ for name in chosen}
     exec("\n".join(lines), scope)  # noqa: S102  # made of declared names and numbers only
     return staticmethod(scope["decode"]), snapshot_class
+
+
+def _undeclared(cls: type[Layout], name: str) -> Callable[[Any], Any]:
+    def read(_item: Any) -> Any:
+        raise InvariantViolation("layout.undeclared", f"{cls.__name__}.{name} is read but was not asked for")
+
+    return read
 
 
 def _decode_alone(info: FieldInfo, data: bytes) -> Any:

@@ -41,7 +41,7 @@ def guest_tag(vm_id: int) -> int:
 class Page:
     """One page of DRAM as its last writer sees it."""
 
-    __slots__ = ("cipher", "data", "epoch", "key", "tag", "tags", "view", "view_key")
+    __slots__ = ("cipher", "data", "epoch", "key", "source", "tag", "tags", "view", "view_key")
 
     def __init__(self, data: bytearray, key: MemoryKey | None, epoch: int, tag: int = TAG_POISON) -> None:
         self.data = data
@@ -52,6 +52,8 @@ class Page:
         self.cipher: bytes | None = None
         self.view: bytes | None = None
         self.view_key: MemoryKey | None = None
+        self.source: tuple[MemoryKey | None, Callable[[], bytes]] | None = None
+        """Of a deferred page: the key its bytes will be under, and who makes them."""
 
     def copy(self, epoch: int) -> Page:
         """A writable copy for sequence `epoch`."""
@@ -61,8 +63,21 @@ class Page:
         page.epoch = epoch
         page.tag = self.tag
         page.tags = None if self.tags is None else self.tags[:]
-        page.cipher = page.view = page.view_key = None
+        page.cipher = page.view = page.view_key = page.source = None
         return page
+
+
+class _NobodysKey(MemoryKey):
+    """A key that no access ever uses."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:  # it encrypts nothing
+        pass
+
+
+DEFERRED = _NobodysKey()
+"""The key of pages whose bytes are not made yet, so that every access takes the slow path."""
 
 
 class PageImage(NamedTuple):
@@ -177,6 +192,10 @@ class Memory:
         if page is not None and page.epoch == epoch and page.key is key:
             page.cipher = page.view = None
             return page
+        if page is not None and page.key is DEFERRED:
+            page = self._settle(pfn, page)
+            if page.key is key:
+                return page
         if page is None or page.epoch != epoch:
             if pfn not in self._saved:
                 self._saved[pfn] = page
@@ -199,6 +218,8 @@ class Memory:
         """The whole page as `key` sees it; at most two AES calls, kept until the next write."""
         if page is None:
             return ZERO_PAGE if key is None else key.decrypt_page(pfn, ZERO_PAGE)
+        if page.key is DEFERRED:
+            page = self._settle(pfn, page)
         if page.key is key:
             return bytes(page.data)
         if page.view is not None and page.view_key is key:
@@ -214,6 +235,34 @@ class Memory:
         if cipher is None:
             cipher = page.cipher = bytes(page.data) if page.key is None else page.key.encrypt_page(pfn, page.data)
         return cipher
+
+    def defer(self, spa: int, key: MemoryKey | None, source: Callable[[], bytes], tag: int) -> None:
+        """The page at `spa` holds from now on what `source` says, under `key`; asked when somebody looks or writes.
+
+        For a page that hardware stores often and nobody reads: encrypted register state. Asked at most once; whoever
+        defers again starts anew.
+        """
+        pfn = spa >> PAGE_SHIFT
+        page = Page(bytearray(), DEFERRED, self.epoch, tag)
+        page.source = (key, source)
+        before = self.pages.get(pfn)
+        if pfn not in self._saved:
+            self._saved[pfn] = before
+        self.pages[pfn] = page
+
+    def deferred(self, spa: int) -> bool:
+        """Whether nobody has looked at the page at `spa` since it was deferred."""
+        page = self.pages.get(spa >> PAGE_SHIFT)
+        return page is not None and page.key is DEFERRED
+
+    def _settle(self, pfn: int, page: Page) -> Page:
+        """Make the bytes of a deferred page, in a page of its own: a reset returns to the deferred one."""
+        key, source = page.source  # type: ignore[misc]  # set together with the key
+        settled = Page(bytearray(source()), key, self.epoch, page.tag)
+        if pfn not in self._saved:
+            self._saved[pfn] = page
+        self.pages[pfn] = settled
+        return settled
 
     def dram(self, spa: int, length_bytes: int) -> bytes:
         """What a cold-boot reader finds in the DRAM cells: the ciphertext of encrypted pages."""
@@ -297,6 +346,9 @@ class Memory:
 
     def capture(self) -> MemoryImage:
         """Explicit data of all pages and keys."""
+        for pfn, page in list(self.pages.items()):
+            if page.key is DEFERRED:
+                self._settle(pfn, page)
         keys = tuple((key.key_id, key.xts_key, key.label) for key in self._keys.values())
         pages = tuple(
             (

@@ -343,6 +343,7 @@ def register(builder: PluginBuilder) -> None:
         builder.exits.add(code, handler)
     builder.at_boot(set_intercepts)
     builder.at_entry(interrupts.prepare_entry)
+    builder.slot("nmi_complete", interrupts.nmi_complete)
 
 
 def set_intercepts(machine: Machine) -> None:

@@ -392,3 +392,24 @@ def test_an_array_takes_exactly_its_numbers(value):
     assert Sample.build(numbers=(0, 0xFFFF))[0x18:0x1C] == b"\0\0\xff\xff"
     with pytest.raises(LayoutError, match=r"Sample\.numbers"):
         Sample.build(numbers=value)
+
+
+class Wide(Layout, size=0x400, valid_bitmap=0x3F0):
+    """Three fields with valid bits."""
+
+    a = u64(0x00, valid_bit=True)
+    b = u64(0x08, valid_bit=True)
+    c = u64(0x10, valid_bit=True)
+
+
+def test_a_decoder_reads_only_what_was_asked_for():
+    decode = Wide.decoder("a", or_zero=("b",))
+    item = decode(Wide.build(a=1, c=3))
+    assert (item.a, item.b) == (1, 0)
+    with pytest.raises(InvariantViolation, match=r"layout\.undeclared"):
+        _ = item.c
+    with pytest.raises(InvariantViolation, match=r"layout\.valid-bit"):
+        _ = decode(Wide.build(b=2)).a
+    assert decode(Wide.build(b=2)).b == 2
+    with pytest.raises(LayoutError, match="no field 'd'"):
+        Wide.decoder("d")

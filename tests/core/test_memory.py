@@ -211,3 +211,43 @@ def test_the_slot_is_told_when_a_page_changes_its_key(memory, key):
 def test_split_pages_covers_the_range_in_order():
     assert list(split_pages(0xFFE, 0x1004)) == [(0xFFE, 2), (0x1000, 0x1000), (0x2000, 2)]
     assert list(split_pages(0x1000, 0)) == []
+
+
+def test_a_deferred_page_is_made_when_somebody_looks_and_only_once():
+    memory = Memory(1 << 20)
+    key = memory.install_key(bytes(range(32)), "k")
+    asked = []
+
+    def source():
+        asked.append(1)
+        return bytes((len(asked),)) * 4096
+
+    memory.defer(0x5000, key, source, 16)
+    assert memory.deferred(0x5000)
+    assert not asked
+    assert memory.read(0x5000, 2, key) == b"\1\1"
+    assert memory.read(0x5000, 4096, None) == key.encrypt_page(5, b"\1" * 4096)
+    assert memory.tags(0x5000, 1) == b"\x10"
+    assert len(asked) == 1
+    assert not memory.deferred(0x5000)
+
+
+@pytest.mark.parametrize("look", ["capture", "write", "other view"])
+def test_a_deferred_page_settles_however_it_is_touched_and_a_reset_defers_it_again(look):
+    memory = Memory(1 << 20)
+    key = memory.install_key(bytes(range(32)), "k")
+    memory.defer(0x5000, key, lambda: b"a" * 4096, 16)
+    memory.mark()
+    if look == "capture":
+        assert dict(memory.capture().pages)[5].data == b"a" * 4096
+    elif look == "write":
+        memory.write(0x5001, b"b", key, 1)
+        assert memory.read(0x5000, 3, key) == b"aba"
+    else:
+        memory.write(0x5000, bytes(16), None, 1)
+        assert memory.read(0x5010, 4, key) == b"aaaa"
+    assert not memory.deferred(0x5000)
+    memory.reset()
+    assert memory.deferred(0x5000)
+    memory.defer(0x5000, key, lambda: b"c" * 4096, 16)
+    assert memory.read(0x5000, 1, key) == b"c"

@@ -98,6 +98,9 @@ def _receive(machine: Machine, vcpu: Vcpu, apic: lapic.Lapic, message: Message) 
         _init(vcpu, apic)
     elif message.mode == STARTUP and apic.waits_for_startup:
         apic.waits_for_startup = False
+        start = machine.slots.start_vcpu
+        if start is not None and start(machine, vcpu, message.vector):
+            return  # a hypervisor cannot set the registers of an encrypted guest
         vcpu.halted = False
         if not vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
             vcpu.regs.rip = 0
