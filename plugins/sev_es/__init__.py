@@ -2,34 +2,177 @@
 
 Documents: 56421 (GHCB) revision 2.04; 24593 (APM volume 2) revision 3.42, 15.35.
 
-What you may touch: `Vmsa` and `initial_vmsa` (the encrypted save area and what it holds at launch, by `PROFILES`).
+What you may touch: `Vmsa` and `initial_vmsa` (the encrypted save area and what it holds at launch, by `PROFILES`);
+`Ghcb` and `msr_layout` (the page, and every value of the MSR protocol); `NaeEvent` and `MsrRequest` (how to add an
+event or a request to the shared tables, or replace one); `Vmgexit` (the step).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
+from sevlab.plugins.sev_es import hardware, hypervisor, msr_layout, startup
+from sevlab.plugins.sev_es.declare import (
+    DONE,
+    GENERAL_PROTECTION,
+    INVALID_EVENT,
+    INVALID_INPUT,
+    INVALID_SCRATCH,
+    MISSING_INPUT,
+    Case,
+    MsrRequest,
+    NaeEvent,
+    Need,
+    Reply,
+    exception,
+    malformed,
+)
+from sevlab.plugins.sev_es.events import EVENTS as REGISTER_EVENTS
+from sevlab.plugins.sev_es.exits import ExitClass, exit_class
+from sevlab.plugins.sev_es.ghcb import (
+    PROTOCOL_MAX,
+    PROTOCOL_MIN,
+    SHARED_BUFFER_BYTES,
+    SHARED_BUFFER_OFFSET,
+    VALID_BITS,
+    Ghcb,
+    HvFeature,
+    NaeCode,
+    Reason,
+    Result,
+    Usage,
+    valid_mask,
+)
+from sevlab.plugins.sev_es.hyperv import HypervPage
+from sevlab.plugins.sev_es.hypervisor import ghcb_window, write_reply
+from sevlab.plugins.sev_es.io_events import EVENTS as IO_EVENTS
+from sevlab.plugins.sev_es.io_events import KVM_6_12, SHARED_BUFFER
+from sevlab.plugins.sev_es.msr_layout import MSR_GHCB, MSR_SEV_STATUS, MsrInfo
+from sevlab.plugins.sev_es.msr_requests import REQUESTS
 from sevlab.plugins.sev_es.profiles import PROFILES, RESET_EIP, VmsaProfile, initial_vmsa
+from sevlab.plugins.sev_es.records import (
+    RECORDS,
+    ForgeMsr,
+    ForgeReply,
+    GhcbReply,
+    GhcbRequest,
+    GuestFailed,
+    GuestFault,
+    GuestSetup,
+    MsrReply,
+    NmiInside,
+    OrderWarning,
+    Terminated,
+    VcDelivered,
+    Vmgexit,
+    VmgexitIgnored,
+)
+from sevlab.plugins.sev_es.scratch import Scratch
+from sevlab.plugins.sev_es.startup import set_up_vcpus, start_vcpu
+from sevlab.plugins.sev_es.states import OPTIONS, Hold, SevEsState, sev_es_state, vcpu_protocol, vm_protocol
 from sevlab.plugins.sev_es.vmsa import SevFeatures, Vmsa, segment_bytes, segment_of
 
 if TYPE_CHECKING:
+    from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
 
 REQUIRES: tuple[str, ...] = ("sme", "sev")
 
 __all__ = [
+    "DONE",
+    "GENERAL_PROTECTION",
+    "INVALID_EVENT",
+    "INVALID_INPUT",
+    "INVALID_SCRATCH",
+    "MISSING_INPUT",
+    "MSR_GHCB",
+    "MSR_SEV_STATUS",
     "PROFILES",
+    "PROTOCOL_MAX",
+    "PROTOCOL_MIN",
     "RESET_EIP",
+    "SHARED_BUFFER",
+    "SHARED_BUFFER_BYTES",
+    "SHARED_BUFFER_OFFSET",
+    "VALID_BITS",
+    "Case",
+    "ExitClass",
+    "ForgeMsr",
+    "ForgeReply",
+    "Ghcb",
+    "GhcbReply",
+    "GhcbRequest",
+    "GuestFailed",
+    "GuestFault",
+    "GuestSetup",
+    "Hold",
+    "HvFeature",
+    "MsrInfo",
+    "MsrReply",
+    "MsrRequest",
+    "NaeCode",
+    "NaeEvent",
+    "Need",
+    "NmiInside",
+    "OrderWarning",
+    "Reason",
+    "Reply",
+    "Result",
+    "Scratch",
+    "SevEsState",
     "SevFeatures",
+    "Terminated",
+    "Usage",
+    "VcDelivered",
+    "Vmgexit",
+    "VmgexitIgnored",
     "Vmsa",
     "VmsaProfile",
+    "exception",
+    "exit_class",
+    "ghcb_window",
     "initial_vmsa",
+    "malformed",
+    "msr_layout",
     "segment_bytes",
     "segment_of",
+    "set_up_vcpus",
+    "sev_es_state",
+    "start_vcpu",
+    "valid_mask",
+    "vcpu_protocol",
+    "vm_protocol",
+    "write_reply",
 ]
 
 
 @hookimpl
+def sevlab_options() -> tuple[Option, ...]:
+    return OPTIONS
+
+
+@hookimpl
+def sevlab_register(builder: PluginBuilder) -> None:
+    builder.component(SevEsState())
+    events = REGISTER_EVENTS | IO_EVENTS
+    if builder.options["checks"] == "kvm-6.12":
+        events |= KVM_6_12
+    for code, event in events.items():
+        builder.nae_events.add(code, event)
+    for info, request in REQUESTS.items():
+        builder.msr_protocol.add(info, request)
+    hypervisor.register(builder)
+    hardware.register(builder, None)
+    startup.register(builder)
+
+
+@hookimpl
+def sevlab_records() -> tuple[type, ...]:
+    return RECORDS
+
+
+@hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return (Vmsa, SevFeatures)
+    return (Ghcb, Vmsa, SevFeatures, HypervPage, *dict.fromkeys(msr_layout.LAYOUTS.values()))

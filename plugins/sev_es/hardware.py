@@ -1,0 +1,202 @@
+"""What the processor does for an encrypted guest: save and load its state, reflect exits as #VC, VMGEXIT.
+
+The registers of an encrypted guest live in its VMSA, under its key. The vCPU's registers are the processor's copy
+while the guest runs; the page's bytes are made from them when somebody looks, and the processor remembers what they
+were: VMRUN fails when they have changed.
+Source: 24593, 15.35; the published behaviour of VMRUN on a VMSA that was changed is the exit code INVALID (-1).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sevlab.core.cpu import CONTROL_SEV_ES, FaultUnwind, illegal_state, leave_guest
+from sevlab.core.events import CpuExit, Faulted, Refused
+from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, Vector
+from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
+from sevlab.plugins.sev import sev_state, vmsa_slots
+from sevlab.plugins.sev_es.exits import ExitClass, exit_class
+from sevlab.plugins.sev_es.msr_layout import INFO_MASK
+from sevlab.plugins.sev_es.records import VcDelivered, Vmgexit
+from sevlab.plugins.sev_es.save_area import load_state, state_bytes
+from sevlab.plugins.sev_es.states import sev_es_state, vm_protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sevlab.core.builder import PluginBuilder
+    from sevlab.core.cpu import Vcpu
+    from sevlab.core.machine import Machine
+
+    VmrunEnter = Callable[[Machine, Vcpu], int | None]
+
+RFLAGS_IF = 1 << 9
+GUEST_IF = 1 << 1
+"""Bit of the VMCB's interrupt state: what a hypervisor learns of the guest's IF. Source: 24593, 15.35.7."""
+
+VMGEXIT_BYTES = b"\xf3\x0f\x01\xd9"
+WRITE = 1
+
+
+def encrypted(vcpu: Vcpu) -> bool:
+    """Whether the vCPU's state is encrypted."""
+    return bool(vcpu.vmcb.encryption_control & CONTROL_SEV_ES)
+
+
+# Leaving the guest ------------------------------------------------------------------------------------------------
+
+
+class Exits:
+    """The slot `vmrun_exit`, with the guest's #VC handler if the model runs one."""
+
+    __slots__ = ("handle_vc",)
+
+    def __init__(self, handle_vc: Callable[[Machine, Vcpu, CpuExit], None] | None) -> None:
+        self.handle_vc = handle_vc
+
+    def __call__(self, machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> CpuExit | None:
+        """What the hypervisor sees of an exit: an automatic one without bytes and next RIP; else nothing, and #VC.
+
+        RIP of an automatic exit by an instruction already points behind it. Source: 24593, 15.35.4; Linux
+        arch/x86/kvm/svm/svm.c (svm_skip_emulated_instruction: no next RIP for SEV-ES).
+        """
+        vmcb = vcpu.vmcb
+        if not vmcb.encryption_control & CONTROL_SEV_ES:
+            return exit_
+        interrupts = GUEST_IF if vcpu.regs.rflags & RFLAGS_IF else 0
+        if vmcb.interrupt_state & GUEST_IF != interrupts:
+            vmcb.interrupt_state = vmcb.interrupt_state & ~GUEST_IF | interrupts
+        code = exit_.exit_code
+        if code == ExitCode.VMGEXIT:
+            return exit_
+        if exit_class(code, exit_.exit_info_1) is ExitClass.AE:
+            if code in (ExitCode.HLT, ExitCode.PAUSE):
+                vcpu.regs.rip = exit_.next_rip or vcpu.regs.rip + len(exit_.insn) & MASK64
+            return exit_._replace(insn=b"", next_rip=0)
+        machine.emit(VcDelivered(vcpu.vcpu_id, code & 0xFFFF_FFFF))
+        if self.handle_vc is not None:
+            self.handle_vc(machine, vcpu, exit_)
+        return None
+
+
+# Entering the guest -----------------------------------------------------------------------------------------------
+
+
+def make_vmrun_enter(before: VmrunEnter) -> VmrunEnter:
+    """The slot `vmrun_enter` behind the checks of SEV: load the encrypted state."""
+
+    def vmrun_enter(machine: Machine, vcpu: Vcpu) -> int | None:
+        failure = before(machine, vcpu)
+        if failure is not None or not vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
+            return failure
+        if vm_protocol(machine, vcpu).snp:
+            return None  # no checksums there: the RMP guards save areas, and its owner loads them
+        return enter_encrypted(machine, vcpu, partial(_is_unchanged, machine, vcpu))
+
+    return vmrun_enter
+
+
+def _is_unchanged(machine: Machine, vcpu: Vcpu, page: bytes) -> bool:
+    guests = sev_state(machine).guests.values()
+    guest = next((guest for guest in guests if guest.asid == vcpu.asid), None)
+    return guest is not None and vmsa_slots.matches(machine, guest, page)
+
+
+def enter_encrypted(machine: Machine, vcpu: Vcpu, trusted: Callable[[bytes], bool]) -> int | None:
+    """Load the encrypted state; the exit code INVALID when its page is not what was stored.
+
+    A page that nobody looked at since it was stored cannot have changed. Any other is judged by `trusted`: in SEV-ES
+    by its checksum, which lies in memory that only the ASP and the processor reach, and it must be a save area of this
+    guest. One that another vCPU of the guest ran on, or that the ASP has just encrypted, is loaded whole.
+    Source: 24593, 15.35.5 and 15.35.8.
+    """
+    loaded = sev_es_state(machine).loaded
+    spa = vcpu.vmcb.vmsa_pa
+    if machine.memory.deferred(spa) and loaded.get(vcpu.vcpu_id) == spa:
+        return None
+    key = machine.access.key_of(vcpu.asid, c_bit=True)
+    if spa & PAGE_MASK or not 0 < spa < machine.memory.size_bytes:
+        return ExitCode.INVALID
+    page = machine.memory.read(spa, PAGE_BYTES, key)
+    if not trusted(page):
+        return ExitCode.INVALID
+    if loaded.get(vcpu.vcpu_id) != spa:
+        load_state(vcpu, page)
+        if illegal_state(vcpu):
+            return ExitCode.INVALID
+        for other in [number for number, owned in loaded.items() if owned == spa]:
+            del loaded[other]
+        loaded[vcpu.vcpu_id] = spa
+    machine.memory.defer(spa, key, partial(_store, machine, vcpu, page), vcpu.tag)
+    return None
+
+
+def _store(machine: Machine, vcpu: Vcpu, before: bytes) -> bytes:
+    """The bytes of the save area as of now, and its checksum where nobody else reaches it."""
+    page = state_bytes(vcpu, before)
+    vmsa_slots.update(machine, page)
+    return page
+
+
+def inject_filter(machine: Machine, vcpu: Vcpu, word: int) -> int:
+    """The slot `inject_filter`: #VC cannot be injected. That it is dropped, not refused by VMRUN, is UNVERIFIED.
+
+    Source: 24593, 15.35.7 and 15.20.
+    """
+    if not vcpu.vmcb.encryption_control & CONTROL_SEV_ES or not word & EVENT_VALID:
+        return word
+    kind, vector = word >> 8 & 7, word & 0xFF
+    return 0 if kind == EventType.EXCEPTION and vector == Vector.VC else word
+
+
+# VMGEXIT ----------------------------------------------------------------------------------------------------------
+
+
+def execute_vmgexit(machine: Machine, vcpu: Vcpu, ghcb_msr: int) -> None:
+    """The guest writes the GHCB MSR and executes VMGEXIT; outside SEV-ES the same bytes are VMMCALL.
+
+    Source: 24593, 15.35.6; 24594, VMGEXIT.
+    """
+    if not vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
+        leave_guest(machine, vcpu, CpuExit(vcpu.vcpu_id, ExitCode.VMMCALL, 0, 0, VMGEXIT_BYTES, 0))
+        return
+    vcpu.vmcb.ghcb_gpa = ghcb_msr
+    leave_guest(machine, vcpu, CpuExit(vcpu.vcpu_id, _VMGEXIT, 0, 0, b"", 0))
+
+
+_VMGEXIT = int(ExitCode.VMGEXIT)
+
+
+def vmgexit_step(machine: Machine, step: Vmgexit) -> None:
+    """A guest's VMGEXIT as a step: store the page, if there is one, and exit."""
+    vcpu = machine.vcpus.get(step.vcpu)
+    if vcpu is None:
+        machine.emit(Refused(f"there is no vCPU {step.vcpu}"))
+        return
+    if vcpu.halted or vcpu.stopped:
+        machine.emit(Refused(f"vCPU {step.vcpu} {'waits' if vcpu.halted else 'has stopped'}"))
+        return
+    page = step.page
+    if len(page) > PAGE_BYTES:
+        machine.emit(Refused(f"a GHCB of {len(page)} bytes: expected at most {PAGE_BYTES}"))
+        return
+    try:
+        if page and not step.ghcb_msr & INFO_MASK:
+            place = machine.access.guest_physical(vcpu, step.ghcb_msr, WRITE)
+            machine.memory.write(place.spa, page, place.key, place.tag)
+        execute_vmgexit(machine, vcpu, step.ghcb_msr)
+    except FaultUnwind as unwind:
+        fault = unwind.fault
+        if fault.vector == ExitCode.NPF:
+            leave_guest(machine, vcpu, CpuExit(vcpu.vcpu_id, ExitCode.NPF, fault.error_code, fault.address, b"", 0))
+        else:
+            machine.emit(Faulted(*fault))
+
+
+def register(builder: PluginBuilder, handle_vc: Callable[[Machine, Vcpu, CpuExit], None] | None) -> None:
+    """Take the processor's slots and the step."""
+    builder.slot("vmrun_exit", Exits(handle_vc))
+    builder.replace_slot("vmrun_enter", make_vmrun_enter)
+    builder.slot("inject_filter", inject_filter)
+    builder.steps.add(Vmgexit, vmgexit_step)

@@ -1,0 +1,249 @@
+"""The hypervisor at a VMGEXIT: which protocol, the checks of a request in their order, dispatch, and the reply.
+
+The GHCB is read once; everything is decided on that copy. What each event needs comes from its declaration, turned
+into masks and decoders when the machine is made.
+Source: 56421, sections 2 and 4; Linux arch/x86/kvm/svm/sev.c (sev_handle_vmgexit, sev_es_validate_vmgexit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from sevlab.core.buffers import SharedBuffer
+from sevlab.core.memory import TAG_HYPERVISOR
+from sevlab.core.units import PAGE_BYTES, PAGE_MASK
+from sevlab.plugins.sev_es.declare import (
+    INVALID_EVENT,
+    INVALID_SCRATCH,
+    MISSING_INPUT,
+    MsrRequest,
+    NaeEvent,
+    Reply,
+    malformed,
+)
+from sevlab.plugins.sev_es.ghcb import VALID_BITS, Ghcb, Reason, Usage, valid_mask
+from sevlab.plugins.sev_es.hyperv import hypercall
+from sevlab.plugins.sev_es.msr_layout import INFO_MASK
+from sevlab.plugins.sev_es.records import GhcbReply, MsrReply, VmgexitIgnored
+from sevlab.plugins.sev_es.scratch import Scratch, find_scratch
+from sevlab.plugins.sev_es.states import vcpu_protocol, vm_protocol
+
+if TYPE_CHECKING:
+    from sevlab.core.builder import PluginBuilder
+    from sevlab.core.cpu import Vcpu
+    from sevlab.core.events import CpuExit
+    from sevlab.core.machine import Machine
+
+ALWAYS = ("sw_exit_code", "sw_exit_info_1", "sw_exit_info_2")
+ALWAYS_MASK = valid_mask(*ALWAYS)
+SCRATCH_BIT = VALID_BITS["sw_scratch"]
+
+# The words that the checks look at before the event is known, at the offsets that the layout declares.
+_AT = {name: info.offset for name, info in Ghcb.FIELDS.items()}
+_U64, _U64_PAIR, _U64_THREE = Struct("<Q"), Struct("<2Q"), Struct("<3Q")
+_VERSION_AND_USAGE = Struct("<HI")
+CODE_AT, SCRATCH_AT, TAIL_AT = _AT["sw_exit_code"], _AT["sw_scratch"], _AT["protocol_version"]
+INFO_AT, BITMAP_AT, RAX_AT = _AT["sw_exit_info_1"], _AT["valid_bitmap"], _AT["rax"]
+BITMAP_END = BITMAP_AT + 16
+
+REPLY_REGISTERS = ("rcx", "rdx", "rbx")
+THREE_AT = _AT["rcx"]
+"""RCX, RDX, RBX lie in a row."""
+
+
+class Compiled(NamedTuple):
+    """One event as the dispatcher uses it: the declaration as masks and a decoder."""
+
+    event: NaeEvent
+    required: int
+    decode: Callable[[bytes], Ghcb]
+    needs: tuple[tuple[int, Callable[[Ghcb], bool]], ...]
+
+
+def compile_event(event: NaeEvent) -> Compiled:
+    """Make the masks and the decoder of a declaration. Raises `KeyError` or `LayoutError` for an unknown field."""
+    always = ("sw_exit_code", "sw_exit_info_1", "sw_exit_info_2", *event.required)
+    conditional = tuple(name for need in event.needs for name in need.fields)
+    readable = {*always, *event.optional, *conditional, "protocol_version"}
+    if event.scratch is not None:
+        readable.add("sw_scratch")
+    required = ALWAYS_MASK | valid_mask(*event.required)
+    decode = Ghcb.decoder(*readable, or_zero=readable.intersection((*event.optional, *conditional, "sw_scratch")))
+    return Compiled(event, required, decode, tuple((valid_mask(*need.fields), need.test) for need in event.needs))
+
+
+_BITMAPS: dict[tuple[bool, bool, bool, bool], bytes] = {
+    (rax, rcx, rdx, rbx): (
+        valid_mask("sw_exit_info_1", "sw_exit_info_2")
+        | valid_mask(*(name for name, on in (("rax", rax), ("rcx", rcx), ("rdx", rdx), ("rbx", rbx)) if on))
+    ).to_bytes(16, "little")
+    for rax in (False, True)
+    for rcx in (False, True)
+    for rdx in (False, True)
+    for rbx in (False, True)
+}
+"""The bitmap of a reply, by which registers it returns."""
+
+
+def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, reply: Reply, data: bytes) -> None:
+    """Put a reply into the GHCB and mark valid what it says; the guest's bits are gone.
+
+    Source: 56421, section 4; Linux arch/x86/kvm/svm/sev.c (sev_es_sync_to_ghcb).
+    """
+    info_1, info_2, rax, rbx, rcx, rdx = reply
+    valid = _BITMAPS[rax is not None, rcx is not None, rdx is not None, rbx is not None]
+    if rax is not None:
+        window.write_uint(RAX_AT, 8, rax)
+    if rcx is not None and rdx is not None and rbx is not None:
+        window.write(THREE_AT, _U64_THREE.pack(rcx, rdx, rbx))
+    else:
+        for offset, value in ((THREE_AT, rcx), (THREE_AT + 8, rdx), (THREE_AT + 16, rbx)):
+            if value is not None:
+                window.write_uint(offset, 8, value)
+    window.write(INFO_AT, _U64_PAIR.pack(info_1, info_2))
+    window.write(BITMAP_AT, valid)
+    machine.emit(GhcbReply(vcpu.vcpu_id, code, info_1, info_2, rax or 0, rbx or 0, rcx or 0, rdx or 0, valid, data))
+
+
+class Dispatcher:
+    """Both protocols of one machine; the policy switches are fixed when it is composed."""
+
+    __slots__ = ("_events", "_hyperv", "_newest", "_reply_all", "_requests", "_version_max")
+
+    def __init__(self, builder: PluginBuilder) -> None:
+        self._newest = builder.options["checks"] == "kvm-2026"
+        self._reply_all = builder.options["reply"] == "all"
+        self._hyperv = builder.options["usage"] == "hyperv"
+        self._version_max = int(builder.options["protocol_max"])
+        self._events: dict[int, Compiled] = {}
+        self._requests: dict[int, MsrRequest] = {}
+
+    def compile(self, machine: Machine) -> None:
+        """Turn the frozen tables into what the dispatch uses."""
+        self._events = {code: compile_event(event) for code, event in machine.tables.nae_events.items()}
+        self._requests = dict(machine.tables.msr_protocol)
+
+    def vmgexit(self, machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
+        """The exit handler of VMGEXIT. Source: 56421, 2.1; Linux arch/x86/kvm/svm/sev.c (sev_handle_vmgexit)."""
+        msr = vcpu.vmcb.ghcb_gpa
+        if msr & INFO_MASK:
+            self._msr(machine, vcpu, msr)
+        else:
+            self._page(machine, vcpu, msr)
+
+    # MSR protocol -----------------------------------------------------------------------------------------------
+
+    def _msr(self, machine: Machine, vcpu: Vcpu, msr: int) -> None:
+        """A request by the MSR; one that is unknown leaves it unchanged.
+
+        Source: 56421, 2.3; Linux arch/x86/kvm/svm/sev.c (sev_handle_vmgexit_msr_protocol).
+        """
+        request = self._requests.get(msr & INFO_MASK)
+        value: int | None = msr
+        if request is not None and request.since <= self._version_max:
+            if request.snp_only and not vm_protocol(machine, vcpu).snp:
+                machine.hypervisor.stop(machine, vcpu.vm_id, f"{request.name} from a guest that is not SNP")
+                return
+            value = request.handler(machine, vcpu, msr)
+        if value is None:
+            return
+        vcpu.vmcb.ghcb_gpa = value
+        machine.emit(MsrReply(vcpu.vcpu_id, msr, value))
+
+    # Page protocol ----------------------------------------------------------------------------------------------
+
+    def _page(self, machine: Machine, vcpu: Vcpu, ghcb_gpa: int) -> None:
+        """A request by the page: the checks in their order, then the event.
+
+        Source: 56421, 4.1; Linux arch/x86/kvm/svm/sev.c (sev_es_validate_vmgexit).
+        """
+        spa = machine.access.translate_gpa(vcpu, ghcb_gpa) if ghcb_gpa else None
+        if spa is None or spa + PAGE_BYTES > machine.memory.size_bytes:
+            reason = "the GHCB page cannot be mapped" if ghcb_gpa else "the GHCB GPA is not set"
+            machine.emit(VmgexitIgnored(vcpu.vcpu_id, reason))
+            return
+        window = SharedBuffer(machine.fetches, spa & ~PAGE_MASK, PAGE_BYTES, None, TAG_HYPERVISOR)
+        snp = vm_protocol(machine, vcpu).snp
+        if snp and vcpu_protocol(machine, vcpu).registered_gpa != ghcb_gpa:
+            if self._newest:
+                write_reply(machine, vcpu, window, 0, malformed(Reason.NOT_REGISTERED), b"")
+            else:
+                machine.hypervisor.stop(machine, vcpu.vm_id, "VMGEXIT with a GHCB that is not registered")
+            return
+        page = window.read(0, PAGE_BYTES)
+        code: int = _U64.unpack_from(page, CODE_AT)[0]
+        valid = int.from_bytes(page[BITMAP_AT:BITMAP_END], "little")
+        version, usage = _VERSION_AND_USAGE.unpack_from(page, TAIL_AT)
+        if usage and self._hyperv and usage == Usage.HYPERV_HYPERCALL:
+            hypercall(machine, vcpu, window, page)
+            return
+        found = self._events.get(code)
+        reply = self._refusal(found, valid, usage, snp=snp)
+        scratch: Scratch | None = None
+        if reply is None and found is not None:
+            ghcb = found.decode(page)
+            for mask, test in found.needs:
+                if valid & mask != mask and test(ghcb):
+                    reply = MISSING_INPUT
+            if reply is None and found.event.scratch is not None:
+                length_bytes = found.event.scratch(ghcb)
+                if length_bytes:
+                    inside = self._newest and version >= 2
+                    gpa = ghcb.sw_scratch
+                    scratch = find_scratch(machine, vcpu, window, page, ghcb_gpa, gpa, length_bytes, inside=inside)
+                    if scratch is None:
+                        reply = INVALID_SCRATCH
+            if reply is None:
+                reply = found.event.handler(machine, vcpu, ghcb, scratch)
+                if reply is None:
+                    return
+        assert reply is not None  # a code that is not found has been refused
+        if self._reply_all:
+            reply = _with_all_registers(reply, page, valid)
+        write_reply(machine, vcpu, window, code, reply, scratch.written if scratch is not None else b"")
+
+    def _refusal(self, found: Compiled | None, valid: int, usage: int, *, snp: bool) -> Reply | None:
+        """The checks before the event's own arguments; None when the request passes.
+
+        Source: Linux arch/x86/kvm/svm/sev.c, v6.12 and after the changes of 2026.
+        """
+        if usage:
+            return malformed(Reason.INVALID_USAGE)
+        wrong_vm = found is not None and found.event.snp_only and not snp
+        if wrong_vm and self._newest:
+            return INVALID_EVENT
+        if valid & ALWAYS_MASK != ALWAYS_MASK:
+            return MISSING_INPUT
+        if found is None or found.event.since > self._version_max:
+            return INVALID_EVENT
+        if valid & found.required != found.required or wrong_vm:
+            return MISSING_INPUT
+        return None
+
+
+def _with_all_registers(reply: Reply, page: bytes, valid: int) -> Reply:
+    """KVM's habit: RAX, RBX, RCX, RDX as the request had them (0 where not valid) if the event does not set them."""
+    before = {
+        name: _U64.unpack_from(page, _AT[name])[0] if valid & VALID_BITS[name] else 0
+        for name in ("rax", "rbx", "rcx", "rdx")
+        if getattr(reply, name) is None
+    }
+    return reply._replace(**before)
+
+
+def ghcb_window(machine: Machine, vcpu: Vcpu) -> SharedBuffer | None:
+    """The hypervisor's window on the GHCB that the vCPU's MSR names; None when it names none that is mapped."""
+    gpa = vcpu.vmcb.ghcb_gpa
+    return None if not gpa or gpa & INFO_MASK else machine.access.shared_window(vcpu, gpa, PAGE_BYTES)
+
+
+def register(builder: PluginBuilder) -> Dispatcher:
+    """Put the dispatcher of both protocols into the machine."""
+    from sevlab.core.svm import ExitCode
+
+    dispatcher = Dispatcher(builder)
+    builder.exits.add(ExitCode.VMGEXIT, dispatcher.vmgexit)
+    builder.at_boot(dispatcher.compile)
+    return dispatcher

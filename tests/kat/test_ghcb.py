@@ -1,0 +1,190 @@
+"""GHCB and VMSA layouts, constants and MSR-protocol values against other implementations."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from sevlab.core.exitinfo import IOIO_IN, IOIO_REP, IOIO_STRING, EventWord, IoioInfo
+from sevlab.core.layout_tools import validate
+from sevlab.core.svm import EventType, ExitCode
+from sevlab.plugins.sev_es import (
+    MSR_GHCB,
+    MSR_SEV_STATUS,
+    PROTOCOL_MAX,
+    PROTOCOL_MIN,
+    SHARED_BUFFER_BYTES,
+    VALID_BITS,
+    Ghcb,
+    HvFeature,
+    MsrInfo,
+    NaeCode,
+    Reason,
+    Vmsa,
+    msr_layout,
+)
+
+from tests.vectors import load_json, vector_set
+
+GHCB = vector_set("ghcb")
+CONSTANTS = load_json(GHCB / "ghcb_constants.json")
+MSR_VALUES = load_json(GHCB / "msr_protocol.json")
+
+FLIPS = {
+    "ghcb_constants.json": ("value", "offset", "qword_index", "bit"),
+    "msr_protocol.json": ("value", "valid"),
+}
+
+INFOS = {
+    "sev_info_req": MsrInfo.SEV_INFO_REQUEST, "sev_info_resp": MsrInfo.SEV_INFO_RESPONSE,
+    "cpuid_req": MsrInfo.CPUID_REQUEST, "cpuid_resp": MsrInfo.CPUID_RESPONSE,
+    "ap_reset_hold_req": MsrInfo.AP_RESET_HOLD_REQUEST, "ap_reset_hold_resp": MsrInfo.AP_RESET_HOLD_RESPONSE,
+    "preferred_gpa_req": MsrInfo.PREFERRED_GPA_REQUEST, "preferred_gpa_resp": MsrInfo.PREFERRED_GPA_RESPONSE,
+    "reg_gpa_req": MsrInfo.REGISTER_GPA_REQUEST, "reg_gpa_resp": MsrInfo.REGISTER_GPA_RESPONSE,
+    "psc_req": MsrInfo.PAGE_STATE_REQUEST, "psc_resp": MsrInfo.PAGE_STATE_RESPONSE,
+    "vmpl_req": MsrInfo.RUN_VMPL_REQUEST, "vmpl_resp": MsrInfo.RUN_VMPL_RESPONSE,
+    "hv_features_req": MsrInfo.HV_FEATURES_REQUEST, "hv_features_resp": MsrInfo.HV_FEATURES_RESPONSE,
+    "term_req": MsrInfo.TERMINATE_REQUEST,
+}  # fmt: skip
+
+EXITS = {
+    "dr7_read": ExitCode.DR7_READ, "dr7_write": ExitCode.DR7_WRITE, "rdtsc": ExitCode.RDTSC, "rdpmc": ExitCode.RDPMC,
+    "cpuid": ExitCode.CPUID, "invd": ExitCode.INVD, "ioio": ExitCode.IOIO, "msr": ExitCode.MSR,
+    "vmmcall": ExitCode.VMMCALL, "rdtscp": ExitCode.RDTSCP, "wbinvd": ExitCode.WBINVD, "monitor": ExitCode.MONITOR,
+    "mwait": ExitCode.MWAIT, "npf": ExitCode.NPF, "mmio_read": NaeCode.MMIO_READ, "mmio_write": NaeCode.MMIO_WRITE,
+    "nmi_complete": NaeCode.NMI_COMPLETE, "ap_reset_hold": NaeCode.AP_RESET_HOLD,
+    "ap_jump_table": NaeCode.AP_JUMP_TABLE, "snp_psc": NaeCode.SNP_PAGE_STATE_CHANGE,
+    "guest_request": NaeCode.SNP_GUEST_REQUEST, "ext_guest_request": NaeCode.SNP_EXTENDED_GUEST_REQUEST,
+    "snp_ap_creation": NaeCode.SNP_AP_CREATION, "hv_doorbell": NaeCode.HV_DOORBELL, "hv_ipi": NaeCode.HV_IPI,
+    "get_apic_ids": NaeCode.APIC_ID_LIST, "snp_run_vmpl": NaeCode.SNP_RUN_VMPL, "secure_avic": NaeCode.SECURE_AVIC,
+    "configure_int_inj": NaeCode.CONFIGURE_INTERRUPT_INJECTION,
+    "disable_alt_inj": NaeCode.DISABLE_ALTERNATE_INJECTION, "specific_eoi": NaeCode.SPECIFIC_EOI,
+    "hv_features": NaeCode.HV_FEATURES, "term_request": NaeCode.TERMINATION, "unsupported": NaeCode.UNSUPPORTED,
+}  # fmt: skip
+
+
+def bit_of(name):
+    return IoioInfo.FIELDS[name].mask
+
+
+KNOWN = {
+    "msr_ghcb": MSR_GHCB,
+    "msr_sev_status": MSR_SEV_STATUS,
+    "term_general": 0,
+    "term_protocol": 1,
+    "term_snp_unsupported": 2,
+    "hvf_snp": HvFeature.SNP,
+    "hvf_ap_creation_bit": HvFeature.SNP_AP_CREATION,
+    "hvf_restricted_injection_bit": HvFeature.RESTRICTED_INJECTION,
+    "hvf_restricted_injection_timer_bit": HvFeature.RESTRICTED_INJECTION_TIMER,
+    "hvf_apic_id_list": HvFeature.APIC_ID_LIST,
+    "hvf_multi_vmpl": HvFeature.MULTIPLE_VMPLS,
+    "hvf_page_state_change_reserved_bit6": HvFeature.PAGE_STATE_CHANGE,
+    "hvf_ext_interrupts": HvFeature.EXTENDED_INTERRUPTS,
+    "evtinj_type_int": EventType.INTERRUPT,
+    "evtinj_type_nmi": EventType.NMI,
+    "evtinj_type_exception": EventType.EXCEPTION,
+    "evtinj_type_soft": EventType.SOFTWARE,
+    "err_not_registered": Reason.NOT_REGISTERED,
+    "err_invalid_usage": Reason.INVALID_USAGE,
+    "err_invalid_scratch_area": Reason.INVALID_SCRATCH,
+    "err_missing_input": Reason.MISSING_INPUT,
+    "err_invalid_input": Reason.INVALID_INPUT,
+    "err_invalid_event": Reason.INVALID_EVENT,
+    "ioio_type_in": IOIO_IN,
+    "ioio_str": IOIO_STRING,
+    "ioio_rep": IOIO_REP,
+    "ioio_addr16": bit_of("address_16"),
+    "ioio_addr32": bit_of("address_32"),
+    "ioio_addr64": bit_of("address_64"),
+    "ioio_data8": 1 << 4,
+    "ioio_data16": 1 << 5,
+    "ioio_data32": 1 << 6,
+    "ghcb_protocol_min": PROTOCOL_MIN,
+    "ghcb_protocol_max": PROTOCOL_MAX,
+    "shared_buffer_size": SHARED_BUFFER_BYTES,
+    **{f"info_{name}": info for name, info in INFOS.items()},
+    **{f"exit_{name}": code for name, code in EXITS.items()},
+}
+
+OTHERS = re.compile(r"ap_(create|destroy)|psc_|exit_tio_")
+"""Constants of features that have plugins of their own."""
+
+
+@pytest.mark.parametrize("constant", CONSTANTS["constants"], ids=lambda constant: constant["name"])
+def test_constants_agree_with_other_implementations(constant):
+    if OTHERS.match(constant["name"]):
+        pytest.skip("belongs to another feature")
+    assert KNOWN[constant["name"]] == int(constant["value"], 16)
+
+
+def test_layouts_agree_with_other_implementations():
+    renamed = {"vmpl0_ssp", "vmpl1_ssp", "vmpl2_ssp", "vmpl3_ssp", "dbgctrl"}
+    for layout, name in ((Ghcb, "ghcb_layout"), (Vmsa, "vmsa_layout")):
+        rows = [row for row in CONSTANTS[name] if row["field"] not in renamed]
+        for row in rows:
+            info = layout.FIELDS[row["field"]]
+            assert (info.offset, info.length_bytes) == (int(row["offset"], 16), row["size"]), row["field"]
+        assert rows
+
+
+def test_valid_bits_agree_with_other_implementations():
+    for row in CONSTANTS["valid_bitmap"]:
+        assert VALID_BITS[row["field"]] == 1 << row["qword_index"] == 1 << row["byte"] * 8 + row["bit"]
+    assert {row["field"] for row in CONSTANTS["valid_bitmap"]} == set(VALID_BITS)
+
+
+def test_bit_fields_agree_with_other_implementations():
+    layouts = {
+        "sev_info_resp": (msr_layout.SevInfoResponse, {"cbit": "c_bit", "min": "version_min", "max": "version_max"}),
+        "cpuid_req": (msr_layout.CpuidRequest, {"reg": "register"}),
+        "cpuid_resp": (msr_layout.CpuidResponse, {"reg": "register"}),
+        "term_req": (msr_layout.TerminateRequest, {"reason set": "reason_set", "reason code": "reason_code"}),
+        "psc_req_msr": (msr_layout.PageStateRequest, {"op": "operation"}),
+        "psc_resp_msr": (msr_layout.ErrorResponse, {}),
+        "vmpl_req": (msr_layout.RunVmplRequest, {}),
+        "event_inj": (EventWord, {"type": "kind", "error_code_valid": "error_valid"}),
+    }
+    for name, (layout, names) in layouts.items():
+        for field, high, low in re.findall(r"([a-z_ ]+) \[(\d+)(?::(\d+))?\]", CONSTANTS["bitfields"][name]):
+            info = layout.FIELDS[names.get(field.strip(), field.strip())]
+            place = info.offset * 8 + info.low_bit, info.offset * 8 + info.high_bit
+            assert place == (int(low or high), int(high)), (name, field)
+
+
+REGISTERS = ("eax", "ebx", "ecx", "edx")
+
+
+def fields_of(kind, value):
+    """The fields of an MSR value under the names of the vectors."""
+    item = msr_layout.decode(value)
+    if kind == "sev_info_resp":
+        return {"max": item.version_max, "min": item.version_min, "cbit": item.c_bit}
+    if kind == "cpuid_req":
+        return {"function": item.function, "register": REGISTERS[item.register]}
+    if kind == "cpuid_resp":
+        return {"value": item.value, "register": REGISTERS[item.register]}
+    if kind in ("preferred_gpa_resp", "reg_gpa_req", "reg_gpa_resp"):
+        return {"gpa": hex(item.gfn << 12)}
+    if kind == "psc_req":
+        return {"gpa": hex(item.gfn << 12), "op": {1: "private", 2: "shared"}[item.operation]}
+    if kind == "psc_resp":
+        return {"error": item.error}
+    if kind == "hv_features_resp":
+        return {"features": item.data}
+    if kind == "term_req":
+        return {"reason_set": item.reason_set, "reason": item.reason_code}
+    if kind == "ap_reset_hold_resp":
+        return {"success": bool(item.data)}
+    return {}
+
+
+@pytest.mark.parametrize("case", MSR_VALUES, ids=lambda case: f"{case['kind']}-{case['value']}")
+def test_msr_values_decode_as_published(case):
+    value = int(case["value"], 16)
+    layout = msr_layout.LAYOUTS.get(value & 0xFFF)
+    right = value & 0xFFF == INFOS[case["kind"]]
+    legal = layout is not None and not validate(layout, value.to_bytes(8, "little"))
+    assert (right and legal) == case["valid"]
+    if case["valid"]:
+        assert fields_of(case["kind"], value) == case["fields"]
