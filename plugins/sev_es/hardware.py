@@ -15,7 +15,7 @@ from sevlab.core.cpu import CONTROL_SEV_ES, FaultUnwind, illegal_state, leave_gu
 from sevlab.core.events import CpuExit, Faulted, Refused
 from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, Vector
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
-from sevlab.plugins.sev import sev_state, vmsa_slots
+from sevlab.plugins import sev
 from sevlab.plugins.sev_es.exits import ExitClass, exit_class
 from sevlab.plugins.sev_es.msr_layout import INFO_MASK
 from sevlab.plugins.sev_es.records import VcDelivered, Vmgexit
@@ -98,9 +98,9 @@ def make_vmrun_enter(before: VmrunEnter) -> VmrunEnter:
 
 
 def _is_unchanged(machine: Machine, vcpu: Vcpu, page: bytes) -> bool:
-    guests = sev_state(machine).guests.values()
+    guests = sev.sev_state(machine).guests.values()
     guest = next((guest for guest in guests if guest.asid == vcpu.asid), None)
-    return guest is not None and vmsa_slots.matches(machine, guest, page)
+    return guest is not None and sev.vmsa_slots.matches(machine, guest, page)
 
 
 def enter_encrypted(machine: Machine, vcpu: Vcpu, trusted: Callable[[bytes], bool]) -> int | None:
@@ -135,7 +135,7 @@ def enter_encrypted(machine: Machine, vcpu: Vcpu, trusted: Callable[[bytes], boo
 def _store(machine: Machine, vcpu: Vcpu, before: bytes) -> bytes:
     """The bytes of the save area as of now, and its checksum where nobody else reaches it."""
     page = state_bytes(vcpu, before)
-    vmsa_slots.update(machine, page)
+    sev.vmsa_slots.update(machine, page)
     return page
 
 
