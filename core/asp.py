@@ -159,32 +159,40 @@ def mailbox_registers(interface: MailboxInterface) -> dict[int, AspRegister]:
     }
 
 
-def run_command(machine: Machine, interface: MailboxInterface, number: int, spa: int, *, interrupt: bool) -> None:
-    """Run one command: fetch its buffer once, call its handler, write back what it answers, say done."""
+class Completion(NamedTuple):
+    """How a command ended: its status, its buffer afterwards, and the error stack (None: the registers stay)."""
+
+    status: int
+    buffer: bytes
+    error_stack: int | None
+
+
+def execute(machine: Machine, interface: MailboxInterface, number: int, spa: int) -> Completion:
+    """Run one command without the registers: fetch its buffer once, call its handler, write back what it answers."""
     entry = machine.tables.asp_commands.get((interface.name, number))
-    box = machine.asp.mailboxes[interface.name]
-    after = b""
     if entry is None:
-        status = interface.unknown_command
-    else:
-        buffer = b""
-        status = 0
-        if entry.buffer_bytes:
-            fetched = machine.access.asp_fetch(spa, entry.buffer_bytes)
-            if fetched is None:
-                status = interface.bad_address
-            else:
-                buffer = fetched
-        if not status:
-            command = Command(interface, number, spa, buffer)
-            status = entry.handler(machine, command)
-            after = buffer
-            if command.reply is not None:
-                machine.access.asp_store(spa, command.reply)
-                after = command.reply + buffer[len(command.reply) :]
-            if command.error_stack is not None:
-                box.address_low = command.error_stack & ALL_ONES
-                box.address_high = command.error_stack >> 32 & ALL_ONES
-    box.command_response = RESPONSE | number << COMMAND_SHIFT & 0x7FF_0000 | status & STATUS_MASK
+        return Completion(interface.unknown_command, b"", None)
+    buffer = b""
+    if entry.buffer_bytes:
+        fetched = machine.access.asp_fetch(spa, entry.buffer_bytes)
+        if fetched is None:
+            return Completion(interface.bad_address, b"", None)
+        buffer = fetched
+    command = Command(interface, number, spa, buffer)
+    status = entry.handler(machine, command)
+    if command.reply is not None:
+        machine.access.asp_store(spa, command.reply)
+        buffer = command.reply + buffer[len(command.reply) :]
+    return Completion(status, buffer, command.error_stack)
+
+
+def run_command(machine: Machine, interface: MailboxInterface, number: int, spa: int, *, interrupt: bool) -> None:
+    """Run one command and say done in the registers."""
+    done = execute(machine, interface, number, spa)
+    box = machine.asp.mailboxes[interface.name]
+    if done.error_stack is not None:
+        box.address_low = done.error_stack & ALL_ONES
+        box.address_high = done.error_stack >> 32 & ALL_ONES
+    box.command_response = RESPONSE | number << COMMAND_SHIFT & 0x7FF_0000 | done.status & STATUS_MASK
     machine.asp.complete(interface, interrupt=interrupt)
-    machine.emit(AspStatus(number, status, after))
+    machine.emit(AspStatus(number, done.status, done.buffer))

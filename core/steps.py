@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sevlab.core import events as ev
-from sevlab.core.asp import run_command
+from sevlab.core.asp import COMMAND_SHIFT
 from sevlab.core.buffers import RaceWrite
 from sevlab.core.cpu import GPR_NAMES, FaultUnwind, Vcpu, leave_guest
 from sevlab.core.memory import TAG_HYPERVISOR
 from sevlab.core.svm import ExitCode, Vector
-from sevlab.core.units import MASK64, PAGE_1G_BYTES, PAGE_2M_BYTES, PAGE_BYTES, is_aligned
+from sevlab.core.units import MASK32, MASK64, PAGE_1G_BYTES, PAGE_2M_BYTES, PAGE_BYTES, is_aligned
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
@@ -224,11 +224,19 @@ def asp_command(machine: Machine, step: ev.AspCommand) -> None:
     if len(step.buffer) > PAGE_BYTES:
         machine.emit(ev.Refused(f"command buffer of {len(step.buffer)} bytes: expected at most {PAGE_BYTES}"))
         return
-    try:
-        machine.access.hypervisor_write(step.spa, step.buffer)
-        run_command(machine, interface, step.command & interface.command_mask, step.spa, interrupt=False)
-    except FaultUnwind as unwind:
-        machine.emit(ev.Faulted(*unwind.fault))
+    if not machine.asp.present:
+        machine.emit(ev.Refused("the ASP is not there"))
+        return
+    if step.buffer:
+        try:
+            machine.access.hypervisor_write(step.spa, step.buffer)
+        except FaultUnwind as unwind:
+            machine.emit(ev.Faulted(*unwind.fault))
+            return
+    asp = machine.asp
+    asp.write(machine, interface.address_low_register, step.spa & MASK32)
+    asp.write(machine, interface.address_high_register, step.spa >> 32)
+    asp.write(machine, interface.command_register, (step.command & interface.command_mask) << COMMAND_SHIFT)
 
 
 def race(machine: Machine, step: ev.Race) -> None:

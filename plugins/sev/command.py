@@ -54,15 +54,18 @@ Handler = Callable[["Machine", Request[Any]], Status]
 class MailboxCommand:
     """Declaration of one command.
 
-    `outputs`: fields of the command buffer that the firmware writes. `length_query`: they are written also with
-    INVALID_LENGTH. `early`: a check that precedes the platform state's. `reserved`: the status for reserved fields
-    that are not zero, None where the firmware does not look, or looks later (then the handler calls `reserved_set`).
+    `outputs`: fields of the command buffer that the firmware writes; with `length_query` also when it answers
+    INVALID_LENGTH. `firmware_page`: while SNP is initialised the buffer must lie in a page of the firmware, which goes
+    back to the host afterwards. `early`: a check that precedes the platform state's. `reserved`: the status for
+    reserved fields that are not zero, None where the firmware does not look, or looks later (the handler calls
+    `reserved_set`).
     """
 
     command: Command
     handler: Handler
     buffer: type[Layout] | None = None
     outputs: tuple[str, ...] = ()
+    firmware_page: bool = False
     length_query: bool = False
     early: Callable[[Any], Status] | None = None
     reserved: Status | None = None

@@ -114,6 +114,23 @@ class Tmr(Stateful):
     checksums: StateDict[int, int] = new(StateDict)
 
 
+class Ring(Stateful):
+    """Ring-buffer mode; pairs are of the high and of the low queue, words as in the registers.
+
+    `enabled` from the command RING_BUFFER on, `active` from the host's first control word on.
+    """
+
+    enabled: bool = False
+    active: bool = False
+    commands_spa: tuple[int, int] = (0, 0)
+    statuses_spa: tuple[int, int] = (0, 0)
+    thresholds: tuple[int, int] = (0, 0)
+    interrupt_on_empty: bool = False
+    control: int = 0
+    tail: int = 0
+    head: int = 0
+
+
 class SevState(Stateful):
     """State of the plugin: the platform context and everything below it.
 
@@ -136,6 +153,7 @@ class SevState(Stateful):
     identity: Identity = new(Identity)
     guests: StateDict[int, Gctx] = new(StateDict)
     tmr: Tmr = new(Tmr)
+    ring: Ring = new(Ring)
     ccxs: StateDict[int, Ccx] = new(StateDict)
     cores_per_ccx: int = 1
     max_asid: int = 0

@@ -181,6 +181,33 @@ def open_packet(
     return aes_ctr(keys.tek, fields.iv, ciphertext) if compare_digest(mac, fields.mac) else None
 
 
+# Offline encryption -------------------------------------------------------------------------------------------------
+
+
+def _nonce(iv: int) -> bytes:
+    """The 96-bit nonce of a 64-bit counter; on which side the zeros stand is UNVERIFIED."""
+    return iv.to_bytes(12, "little")
+
+
+def gcm_seal(key: bytes, iv: int, associated: bytes, plaintext: bytes) -> tuple[bytes, bytes]:
+    """(ciphertext, 16-byte tag) of AES-256-GCM with a counter as nonce. Source: AMD-ASPFW sev_mcmd.c, SWAP_OUT."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    sealed = AESGCM(key).encrypt(_nonce(iv), plaintext, associated)
+    return sealed[:-16], sealed[-16:]
+
+
+def gcm_open(key: bytes, iv: int, associated: bytes, ciphertext: bytes, tag: bytes) -> bytes | None:
+    """The plaintext, None when the tag is wrong."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    try:
+        return AESGCM(key).decrypt(_nonce(iv), ciphertext + tag, associated)
+    except InvalidTag:
+        return None
+
+
 # P-384 --------------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sevlab.core.layout import Layout, flag, raw_bytes, u32
+from sevlab.core.layout import Layout, bits, flag, raw_bytes, u32, u64
 
 NONCE_BYTES = 16
 KEY_BYTES = 16
@@ -39,6 +39,16 @@ class Measurement(Layout, size=MEASUREMENT_BYTES):
 
     measure = raw_bytes(0x00, MAC_BYTES, doc="HMAC-SHA256 under the TIK", source="55766, LAUNCH_MEASURE")
     mnonce = raw_bytes(0x20, NONCE_BYTES, source="55766, LAUNCH_MEASURE")
+
+
+class SwapMetadata(Layout, size=0x40):
+    """What SWAP_OUT writes beside the page; with the tag zero it is the associated data of the encryption."""
+
+    software_data = u64(0x00, doc="the hypervisor's", source="sev_mcmd.h, sev_mcmd_swap_io_mdata_t")
+    iv = u64(0x08, doc="counter of the guest's offline key", source="sev_mcmd.h, sev_mcmd_swap_io_mdata_t")
+    tag = raw_bytes(0x10, 16, source="sev_mcmd.h, sev_mcmd_swap_io_mdata_t")
+    large = flag(0x3C, u32, 0, source="sev_mcmd.h, sev_mcmd_swap_io_mdata_t")
+    page_type = bits(0x3C, u32, 2, 1, source="sev_mcmd.h, sev_mcmd_swap_io_mdata_t")
 
 
 class AttestationReport(Layout, size=0xD0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.asp import AspRegister, MailboxInterface
+from sevlab.plugins.sev import ring
 from sevlab.plugins.sev.numbers import Status
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ PSP_UNKNOWN_COMMAND = 0x01
 def register(builder: PluginBuilder) -> None:
     """Put the part's registers into the BAR."""
     variant = VARIANTS[builder.config.part.asp_device]
-    builder.mailbox(sev_interface(variant))
+    interface = sev_interface(variant)
+    builder.mailbox(interface)
+    ring.register(builder, interface)
     features = Feature.SEV | Feature.SECURITY_REPORTING | Feature.FUSED
     for name, first in (("psp", variant.psp_mailbox), ("platform_access", variant.platform_access)):
         if first:

@@ -68,11 +68,10 @@ def open_session(machine: Machine, buffer: LaunchStart) -> Channel | Status:
     return Channel(keys, session.nonce)
 
 
-def new_session(machine: Machine, point: Point, policy: int) -> tuple[Channel, bytes] | None:
-    """The sending side: fresh transport keys and nonce, wrapped for the holder of `point`."""
+def new_session(machine: Machine, point: Point, policy: int) -> tuple[Channel, bytes]:
+    """The sending side: fresh transport keys and nonce, wrapped for the holder of `point`, which is on the curve."""
     shared = crypto.ecdh(sev_state(machine).identity.pdh, point)
-    if shared is None:
-        return None
+    assert shared is not None  # `agreement_key` has looked
     take = machine.entropy.take
     keys = crypto.TransportKeys(take("sev.tek", KEY_BYTES), take("sev.tik", KEY_BYTES))
     nonce = take("sev.session-nonce", NONCE_BYTES)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sevlab.core.access import ASP, GPA_NONE, AccessKind
 from sevlab.core.buffers import SharedBuffer
 from sevlab.core.memory import TAG_ASP, split_pages
+from sevlab.core.units import PAGE_BYTES
 from sevlab.plugins.sev.context import Gctx, sev_state
 from sevlab.plugins.sev.numbers import Status
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def valid_range(machine: Machine, address: int, length_bytes: int) -> bool:
-    """Whether the ASP may touch these bytes for a command: memory, and not its own trusted region.
+    """Whether the ASP may touch these bytes for a command: memory, but not its trusted region or the queues.
 
     The model has no SMRAM, so that no range is TSEG or ASEG. Source: AMD-ASPFW sev_uapp/src/x86_copy.c,
     validate_address_range.
@@ -23,8 +24,11 @@ def valid_range(machine: Machine, address: int, length_bytes: int) -> bool:
     place = machine.access.asp_place(address, length_bytes)
     if place is None or length_bytes <= 0:
         return False
-    tmr = sev_state(machine).tmr
-    return place.spa + length_bytes <= tmr.spa or place.spa >= tmr.spa + tmr.length_bytes
+    sev = sev_state(machine)
+    if overlap(place.spa, length_bytes, sev.tmr.spa, sev.tmr.length_bytes):
+        return False
+    queues = (*sev.ring.commands_spa, *sev.ring.statuses_spa) if sev.ring.enabled else ()
+    return not any(overlap(place.spa, length_bytes, guest_spa(machine, page), PAGE_BYTES) for page in queues if page)
 
 
 def overlap(first: int, first_bytes: int, second: int, second_bytes: int) -> bool:
@@ -55,9 +59,11 @@ def output_status(machine: Machine, address: int, length_bytes: int) -> Status:
     return Status.SUCCESS
 
 
-def write(machine: Machine, address: int, data: bytes) -> None:
-    """Store what the firmware gives out; the caller has checked the range."""
-    machine.access.asp_store(address, data)
+def write(machine: Machine, address: int, data: bytes, *, tag: int = TAG_ASP) -> None:
+    """Store what the firmware gives out; the caller has checked the range. `tag` says whose data it is."""
+    place = machine.access.asp_place(address, len(data))
+    assert place is not None  # the caller has checked
+    machine.memory.write(place.spa, data, place.key, tag)
 
 
 def guest_spa(machine: Machine, address: int) -> int:

@@ -138,6 +138,8 @@ def shutdown(machine: Machine, request: Request[NoBuffer]) -> Status:
     sev.tmr.locked = False
     sev.identity = Identity()
     sev.nv_spa = 0
+    if not sev.snp_initialised:
+        sev.ring.enabled = sev.ring.active = False
     sev.es = False
     move_platform(sev, request.command)
     return Status.SUCCESS
