@@ -56,6 +56,7 @@ class Codec:
             types = tuple(_wire_type(field) for field in spec.fields)
             check = checks.setdefault(types, _make_check(types))
             self.kinds.append(Kind(number, spec, self._class_of(spec, vocabulary), check))
+        self.vocabulary = Vocabulary({kind.spec.kind: kind.cls for kind in self.kinds})
         self._by_class = {kind.cls: kind for kind in self.kinds}
         self._pack = msgpack.Packer(autoreset=True).pack
 

@@ -29,8 +29,8 @@ class TraceReader:
 
     `source` is a path or a seekable binary file; `vocabulary` defaults to that of the header's plugins, as far as they
     are installed. `header` is what the trace says of itself, `index` what it says at its end (None: it was not closed,
-    or its end is gone), `foreign` the record kinds that are declared otherwise here, with the reason, and `losses` the
-    damage met so far. Raises `TraceFormatError` only when the file holds no header at all.
+    or its end is gone), `vocabulary` its record kinds, `foreign` those that are declared otherwise here, with the
+    reason, and `losses` the damage met so far. Raises `TraceFormatError` only when the file holds no header at all.
     """
 
     def __init__(self, source: str | Path | BinaryIO, *, vocabulary: Vocabulary | None = None) -> None:
@@ -38,12 +38,17 @@ class TraceReader:
         self._owned = isinstance(source, (str, Path))
         self._file: BinaryIO = _open(Path(source)) if isinstance(source, (str, Path)) else source
         self._size = self._file.seek(0, os.SEEK_END)
-        frame = self._find_header()
-        self.header: Header = unpack_header(read_payload(self._file, frame.offset, frame.head))
+        try:
+            frame = self._find_header()
+            self.header: Header = unpack_header(read_payload(self._file, frame.offset, frame.head))
+        except TraceFormatError:
+            self.close()
+            raise
         self._stream = frame.head.stream
         if vocabulary is None:
             vocabulary = _installed_vocabulary(self.header)
         self._codec = Codec(self.header.kinds, with_trace_records(vocabulary))
+        self.vocabulary = self._codec.vocabulary
         self.foreign: Mapping[str, str] = self._codec.foreign
         self.losses: list[Loss] = []
         self.index: Index | None = index_at_end(self._file, self._size, self._stream) if not frame.offset else None

@@ -5,7 +5,15 @@ from __future__ import annotations
 from sevlab.core.cliapi import CommandSpec
 from sevlab.core.hookspecs import hookimpl
 
-COMMANDS: tuple[CommandSpec, ...] = ()
+_HERE = "sevlab.traces.commands"
+
+COMMANDS: tuple[CommandSpec, ...] = (
+    CommandSpec("record", "Record what a command or a script does to its machines", f"{_HERE}.record:record"),
+    CommandSpec("trace", "Show a trace: header, kinds, entries", f"{_HERE}.show:trace", "show"),
+    CommandSpec("diff", "Show where two traces part", f"{_HERE}.diff:diff"),
+    CommandSpec("minimise", "Make a trace as small as what it shows allows", f"{_HERE}.minimise:minimise"),
+    CommandSpec("export", "Write a trace in another format", f"{_HERE}.export:export"),
+)
 
 
 @hookimpl
