@@ -116,12 +116,14 @@ def expect_cut(made: Made, data: bytes) -> None:
     assert found == list(enumerate(made.entries[:kept]))
     assert reader.index is None or cut > made.index_offset
     end = whole[-1][1] if whole else made.header_end if cut >= made.header_end else made.header_end // 2
+    if reader.index is not None:  # cut in the trailer, so that no entry is lost
+        end = len(made.data) - frames.TRAILER.size
     if cut == end:
         assert reader.check() == ()
         return
     (loss,) = reader.check()
     assert (loss.offset, loss.length_bytes, loss.first_block, loss.first_entry) == (end, cut - end, len(whole), kept)
-    if end == made.index_offset or cut - end < frames.HEAD_BYTES or (not whole and cut < made.header_end):
+    if end >= made.index_offset or cut - end < frames.HEAD_BYTES or (not whole and cut < made.header_end):
         assert (loss.blocks, loss.entries) in {(None, None), (0, 0)}
     else:
         assert (loss.blocks, loss.entries) == (1, made.blocks[len(whole)][3])
@@ -135,6 +137,9 @@ def test_a_cut_file_gives_every_whole_block(made, seed):
 
 
 def test_a_cut_at_every_boundary_is_exact(made):
+    trailer = len(made.data) - frames.TRAILER.size
+    for cut in (*range(made.index_offset, trailer, 97), *range(trailer - 1, len(made.data))):
+        expect_cut(made, made.data[:cut])
     for start, end, _, _ in made.blocks[:3] + made.blocks[-2:]:
         for cut in (start, start + 1, start + frames.HEAD_BYTES - 1, start + frames.HEAD_BYTES, end - 1, end):
             expect_cut(made, made.data[:cut])
