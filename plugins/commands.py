@@ -5,7 +5,13 @@ from __future__ import annotations
 from sevlab.core.cliapi import CommandSpec
 from sevlab.core.hookspecs import hookimpl
 
-COMMANDS: tuple[CommandSpec, ...] = ()
+COMMANDS: tuple[CommandSpec, ...] = (
+    CommandSpec(
+        "measure",
+        "Compute the launch digest of an SEV, SEV-ES or SNP guest; compare two of them",
+        "sevlab.plugins.snp.commands.measure:measure",
+    ),
+)
 
 
 @hookimpl

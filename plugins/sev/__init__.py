@@ -27,6 +27,7 @@ from sevlab.plugins.sev.driver import (
     stop_guest,
 )
 from sevlab.plugins.sev.host import CoreWbinvd
+from sevlab.plugins.sev.launch_digest import SevLaunchDigest
 from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
 from sevlab.plugins.sev.numbers import Command, Policy, Status
 from sevlab.plugins.sev.setup import OPTIONS, register
@@ -63,6 +64,7 @@ __all__ = [
     "Policy",
     "Request",
     "RsaKey",
+    "SevLaunchDigest",
     "SevState",
     "Status",
     "asids",
