@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from sevlab.core.units import MASK64
@@ -23,14 +24,18 @@ class Undecodable(NamedTuple):
 
 
 def too_long(data: bytes, mode: int) -> bool:
-    """Whether `data`, which does not decode, is longer than 15 bytes: #GP(0) then, #UD otherwise.
+    """Whether `data`, which does not decode, goes on past 15 bytes: #GP(0) then, #UD otherwise.
 
-    Source: spec 24594 (APM volume 3), 1.2 (instruction length) and each exception's page in 24593, 8.2.
+    What is longer repeats a prefix. Without one of the repeated ones its first 15 bytes are the beginning of an
+    instruction, if it is one at all. Source: spec 24594 (APM volume 3), 1.2; 24593, 8.2.14 (#GP conditions).
     """
-    iced = _names().module
-    decoder = iced.Decoder(mode, data[:MAX_LENGTH])
-    decoder.decode()
-    return len(data) >= MAX_LENGTH and decoder.last_error == iced.DecoderError.NO_MORE_BYTES
+    head = data[:MAX_LENGTH]
+    prefixes = bytes(takewhile(PREFIXES.__contains__, head))
+    for index, byte in enumerate(prefixes):
+        rest = prefixes[index + 1 :]
+        if len(head) == MAX_LENGTH and (byte in rest or (byte in SEGMENTS and not SEGMENTS.isdisjoint(rest))):
+            return decode(head[:index] + head[index + 1 :], mode) == Undecodable("no_more_bytes")
+    return False
 
 
 class Operand(NamedTuple):
@@ -235,7 +240,8 @@ def _port(names: _Names, instruction: Any, info: Any, mnemonic: str, data: bytes
     return PortAccess(is_in, False, size, immediate, False, _address_size(data, mode), "")
 
 
-PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+SEGMENTS = frozenset(b"\x26\x2e\x36\x3e\x64\x65")
+PREFIXES = SEGMENTS | frozenset(b"\x66\x67\xf0\xf2\xf3")
 ADDRESS_PREFIX = 0x67
 
 
