@@ -10,6 +10,12 @@ from sevlab.plugins.io.decode import Insn, Undecodable, decode, effective_addres
 
 from tests.vectors import load_json, vector_set
 
+FLIPS = {
+    "decode.jsonl": ("len", "mnemonic", "operands", "memory", "io"),
+    "exec.jsonl": ("trace", "regs_changed", "rip_after"),
+    "negative.jsonl": ("expect", "len"),
+}
+
 FOLDER = vector_set("insn")
 DECODE = [json.loads(line) for line in (FOLDER / "decode.jsonl").read_text().splitlines()]
 NEGATIVE = [json.loads(line) for line in (FOLDER / "negative.jsonl").read_text().splitlines()]
@@ -220,3 +226,20 @@ def test_execution_agrees_in_accesses_registers_and_rip(group, mode):
     print(f"{group} {mode}-bit: {len(cases)} executed")
     assert not wrong, (len(wrong), wrong[:3])
     assert cases
+
+
+# Counts -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_vector_of_every_class_is_read(capsys):
+    """The parametrised tests above partition the files: what they take adds up to the whole."""
+    decoded_by = Counter(f"{case['group']}, {case['mode']}-bit" for case in DECODE)
+    executed_by = Counter(f"{case['id'].partition('-')[0]}, {case['mode']}-bit" for case in EXEC)
+    refused_by = Counter(case["expect"] for case in NEGATIVE)
+    with capsys.disabled():
+        print()
+        for name, counts in (("decode", decoded_by), ("exec", executed_by), ("negative", refused_by)):
+            print(f"insn/{name}: {counts.total()} ({', '.join(f'{key} {n}' for key, n in sorted(counts.items()))})")
+    assert (decoded_by.total(), executed_by.total(), refused_by.total()) == (2090, 1143, 218)
+    assert {key.partition(", ")[0] for key in executed_by} == {"io", "mmio"}
+    assert {key.partition(", ")[2] for key in executed_by} == {"32-bit", "64-bit"}
