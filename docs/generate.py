@@ -25,6 +25,7 @@ TABLES: dict[str, tuple[tuple[str, str], ...]] = {
     "io": (
         ("Which form of an access who can serve", "sevlab.plugins.io.coverage:markdown_table"),
         ("Which event is served how", "sevlab.plugins.io.feasibility:markdown_table"),
+        ("Registers of the devices", "sevlab.plugins.io.devices.board:markdown_tables"),
     ),
 }
 """By plugin: title and `module:function` of each table of its own, made from its data."""

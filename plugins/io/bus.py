@@ -169,9 +169,18 @@ Piece = tuple[int, int, "Place | None"]
 
 
 class PlainBus(_PortBus):
-    """Linear addresses through the guest's own page tables, to memory or to a device."""
+    """Linear addresses through the guest's own page tables, to memory or to a device.
+
+    `device_page` is the page that a nested fault has shown to be absent: no need to walk the nested tables for it.
+    """
+
+    def __init__(self, machine: Machine, vcpu: Vcpu, device_page: int = -1) -> None:
+        super().__init__(machine, vcpu)
+        self.device_page = device_page
 
     def _place(self, gpa: int, kind: int) -> Place | None:
+        if gpa & -PAGE_BYTES == self.device_page:
+            return None
         access, vcpu = self.machine.access, self.vcpu
         try:
             return access.guest_physical(vcpu, gpa, kind)

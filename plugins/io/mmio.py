@@ -14,7 +14,7 @@ from sevlab.core.access import CPL_USER, AccessKind
 from sevlab.core.cpu import INSN_BYTES_MAX, FaultUnwind, end_shadow, visible_registers
 from sevlab.core.svm import ExitCode, NpfError, Vector
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK
-from sevlab.plugins.io.bus import CannotServe, PlainBus, SevBus, map_back, window_at
+from sevlab.plugins.io.bus import NPF_PRESENT, CannotServe, PlainBus, SevBus, map_back, window_at
 from sevlab.plugins.io.coverage import refusal
 from sevlab.plugins.io.decode import Insn, Undecodable, decode, too_long
 from sevlab.plugins.io.emulate import Unsupported, execute
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
     from sevlab.core.events import CpuExit, Fault
     from sevlab.core.machine import Machine
+    from sevlab.plugins.io.execution import Bus
 
 CR4_SMEP, CR4_SMAP = 1 << 20, 1 << 21
 CS_LONG, CS_BIG = 1 << 9, 1 << 10
@@ -113,7 +114,11 @@ def emulate(machine: Machine, vcpu: Vcpu, exit_: CpuExit, insn: Insn) -> None:
     if reason:
         unserved(machine, vcpu, exit_, reason)
         return
-    bus = SevBus(machine, vcpu, exit_.exit_info_2) if mode is Mode.SEV else PlainBus(machine, vcpu)
+    gpa = exit_.exit_info_2
+    if mode is Mode.SEV:
+        bus: Bus = SevBus(machine, vcpu, gpa)
+    else:
+        bus = PlainBus(machine, vcpu, -1 if exit_.exit_info_1 & NPF_PRESENT else gpa & -PAGE_BYTES)
     try:
         result = execute(insn, registers, vcpu.system, bus, max_elements=MAX_ELEMENTS)
     except FaultUnwind as unwind:

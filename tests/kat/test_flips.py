@@ -68,7 +68,7 @@ def flip(path, field):
     lines = path.suffix == ".jsonl"
     text = path.read_text()
     content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-    found = list(occurrences(content, field))
+    found = [holder for holder in occurrences(content, field) if holder[field] != {}]
     assert found, f"{path.name} has no field {field!r}"
     holder = found[len(found) // 2]
     holder[field] = changed(holder[field])

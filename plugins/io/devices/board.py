@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from sevlab.core.builder import MmioWindow, Port
 from sevlab.core.state import StateDict, Stateful, new
 from sevlab.plugins.io.devices import acpi_pm, debug, fw_cfg, ioapic, lapic, messages, pci, pic, pit, rtc, uart
+from sevlab.plugins.io.devices.registers import markdown_table as registers_table
 from sevlab.plugins.io.devices.registers import ones
 
 if TYPE_CHECKING:
@@ -343,3 +344,11 @@ def write_lapic(machine: Machine, vcpu: Vcpu, offset: int, value: int) -> None:
         apic.write(offset, value, machine.tsc())
         if offset == lapic.TPR:
             vcpu.system.cr8 = value >> 4 & 0xF
+
+
+def markdown_tables() -> str:
+    """Every device's registers for documentation."""
+    modules = (uart, pic, pit, rtc, pci, debug, fw_cfg, lapic, ioapic, acpi_pm)
+    return "\n\n".join(
+        f"{(module.__doc__ or '').splitlines()[0]}\n\n{registers_table(module.REGISTERS)}" for module in modules
+    )
