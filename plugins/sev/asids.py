@@ -61,6 +61,14 @@ def owned(sev: SevState, asid: int) -> bool:
     return any((ccx.allocated | ccx.in_use) >> asid & 1 for ccx in sev.ccxs.values())
 
 
+def runs(sev: SevState, asid: int) -> bool:
+    """Whether a guest with this ASID may run on some core complex."""
+    for ccx in sev.ccxs.values():  # noqa: SIM110  # before every VMRUN: a generator costs twice as much
+        if ccx.in_use >> asid & 1:
+            return True
+    return False
+
+
 def dirty(sev: SevState, asid: int, ccxs: int) -> bool:
     """Whether the ASID must be flushed on one of `ccxs`."""
     return any(ccx.dirty >> asid & 1 for ccx in chosen(sev, ccxs))

@@ -24,6 +24,7 @@ from sevlab.core.events import (
 )
 from sevlab.core.state import Stateful
 from sevlab.core.steps import MAX_ACCESS_BYTES
+from sevlab.core.svm import ExitCode, Vector
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.plugins.sev.asids import in_range, owned
 from sevlab.plugins.sev.context import sev_state
@@ -146,6 +147,12 @@ def flush(machine: Machine) -> None:
 # Guests -------------------------------------------------------------------------------------------------------------
 
 
+NOT_FOR_SEV = 1 << ExitCode.EXCEPTION_0 + Vector.UD | 1 << ExitCode.EXCEPTION_0 + Vector.PF
+"""Intercepts that make no sense when guest memory is ciphertext: instructions and page tables cannot be read.
+
+Source: Linux arch/x86/kvm/svm/sev.c, sev_init_vmcb."""
+
+
 class Launched(NamedTuple):
     """A guest that runs: its handle and ASID, and what LAUNCH_MEASURE gave."""
 
@@ -196,6 +203,7 @@ def activate(machine: Machine, vm_id: int, handle: int, *, es: bool, asid: int =
         vmcb = machine.vcpus[vcpu_id].vmcb
         vmcb.guest_asid = chosen
         vmcb.encryption_control |= CONTROL_SEV | (CONTROL_SEV_ES if es else 0)
+        vmcb.intercepts &= ~NOT_FOR_SEV
     return Launched(handle, chosen, b"")
 
 

@@ -80,10 +80,12 @@ def _note_wbinvd(original: StepHandler) -> StepHandler:
 def vmrun_enter(machine: Machine, vcpu: Vcpu) -> int | None:
     """Refuse a VMRUN whose VMCB asks for SEV as the processor cannot give it.
 
-    SEV needs nested paging and an ASID up to the maximum; SEV-ES needs SEV. Source: 24593, 15.34.3 and 15.35.1.
+    SEV needs nested paging and an ASID up to the maximum; SEV-ES needs SEV. The ASID must be valid on the core, which
+    the firmware makes it only when the guest has been launched; the model asks for one core complex.
+    Source: 24593, 15.34.3 and 15.35.1; AMD-ASPFW sev_uapp/src/sev_guest.h, guest_is_pending.
     """
     control = vcpu.vmcb.encryption_control
     if not control & (CONTROL_SEV | CONTROL_SEV_ES):
         return None
     legal = control & CONTROL_SEV and control & CONTROL_NESTED_PAGING
-    return None if legal and vcpu.vmcb.guest_asid <= sev_state(machine).max_asid else ExitCode.INVALID
+    return None if legal and asids.runs(sev_state(machine), vcpu.vmcb.guest_asid) else ExitCode.INVALID
