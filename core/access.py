@@ -303,17 +303,18 @@ class Access:
     def hypervisor_read(self, spa: int, length_bytes: int, *, c_bit: bool = False) -> bytes:
         """`length_bytes` bytes at `spa`; without the C-bit private pages show their ciphertext."""
         key = self.key_of(HOST_ASID, c_bit=c_bit)
-        kind = AccessKind.PRIVATE if c_bit else AccessKind.READ
-        for start, _ in split_pages(spa, length_bytes):
-            self.check(HYPERVISOR, start, GPA_NONE, kind)
+        if self._check is not None:
+            for start, _ in split_pages(spa, length_bytes):
+                self.check(HYPERVISOR, start, GPA_NONE, AccessKind.PRIVATE if c_bit else AccessKind.READ)
         return self._memory.read(spa, length_bytes, key)
 
     def hypervisor_write(self, spa: int, data: bytes, *, c_bit: bool = False) -> None:
         """Store `data` at `spa`; in a private page that spoils the touched 16-byte blocks for their owner."""
         key = self.key_of(HOST_ASID, c_bit=c_bit)
-        kind = AccessKind.WRITE | (AccessKind.PRIVATE if c_bit else 0)
-        for start, _ in split_pages(spa, len(data)):
-            self.check(HYPERVISOR, start, GPA_NONE, kind)
+        if self._check is not None:
+            kind = AccessKind.WRITE | (AccessKind.PRIVATE if c_bit else 0)
+            for start, _ in split_pages(spa, len(data)):
+                self.check(HYPERVISOR, start, GPA_NONE, kind)
         self._memory.write(spa, data, key, TAG_HYPERVISOR)
 
     def translate_gpa(self, vcpu: Vcpu, gpa: int) -> int | None:
@@ -340,11 +341,10 @@ class Access:
 
     def asp_place(self, address: int, length_bytes: int) -> Place | None:
         """Where the ASP finds `address`: the C-bit selects the host's key; None past the end of memory."""
-        mask = 1 << self._machine.config.part.c_bit
-        spa = address & ~mask
+        spa = address & ~self._host_c_bit
         if spa + length_bytes > self._memory.size_bytes:
             return None
-        return Place(spa, self.key_of(HOST_ASID, c_bit=bool(address & mask)), TAG_ASP)
+        return Place(spa, None if spa == address else self.key_of(HOST_ASID, c_bit=True), TAG_ASP)
 
     def asp_fetch(self, address: int, length_bytes: int) -> bytes | None:
         """One counted fetch of memory by the ASP; None when the address is no memory."""

@@ -68,6 +68,18 @@ class CachedMemory(Memory):
                 )
             done += count
 
+    def hand_over(
+        self,
+        spa: int,
+        length_bytes: int,
+        old: MemoryKey | None,
+        new: MemoryKey | None,
+        tag: int,
+        consume: Callable[[bytes | bytearray], object],
+    ) -> None:
+        """As `Memory.hand_over`, through the lines of both views."""
+        self._rewrite(spa, length_bytes, old, new, tag, consume)
+
     def tags(self, spa: int, length_bytes: int) -> bytes:
         """The owner tags of what the newest dirty view holds, else of DRAM."""
         out = bytearray()

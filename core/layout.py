@@ -182,6 +182,13 @@ class Layout(metaclass=_NoDict):
         """
         return bytes(_write(cls, bytearray(cls.SIZE), fields))
 
+    @classmethod
+    def patch(cls, data: bytes, **fields: FieldValue) -> bytes:
+        """`data` (`SIZE` bytes) with these fields changed and marked valid; all other bytes as they are."""
+        if len(data) != cls.SIZE:
+            raise LayoutError(f"{cls.__name__}: {len(data)} bytes, expected {cls.SIZE}")
+        return bytes(_write(cls, bytearray(data), fields))
+
     def to_bytes(self) -> bytes:
         """All bytes, reserved ones as they were found."""
         return self.raw()
@@ -189,7 +196,7 @@ class Layout(metaclass=_NoDict):
     def replace(self, **fields: FieldValue) -> Self:
         """A snapshot with these fields changed (and marked valid); the bytes of all others stay."""
         version = getattr(self, "version", None)
-        return self.from_bytes(bytes(_write(type(self), bytearray(self.to_bytes()), fields)), version=version)
+        return self.from_bytes(self.patch(self.to_bytes(), **fields), version=version)
 
 
 def _check(cls: type[Layout], infos: Iterable[FieldInfo]) -> None:

@@ -214,6 +214,55 @@ class Memory:
             self.page_owner_changed(pfn, old_key, key)
         return fresh
 
+    def hand_over(
+        self,
+        spa: int,
+        length_bytes: int,
+        old: MemoryKey | None,
+        new: MemoryKey | None,
+        tag: int,
+        consume: Callable[[bytes | bytearray], object],
+    ) -> None:
+        """Read with the key `old` and write the same bytes back with `new`; `consume` gets every byte once, in order.
+
+        For a whole page that was written with `old` this changes the key and nothing else: no copy, no AES.
+        """
+        end = spa + length_bytes
+        first, last = -(-spa // PAGE_BYTES), min(end, self.size_bytes) // PAGE_BYTES
+        if first >= last:
+            self._rewrite(spa, length_bytes, old, new, tag, consume)
+            return
+        self._rewrite(spa, first * PAGE_BYTES - spa, old, new, tag, consume)
+        pages, epoch, changed = self.pages, self.epoch, self.page_owner_changed
+        for pfn in range(first, last):
+            page = pages.get(pfn)
+            if page is None or page.key is not old:
+                self._rewrite(pfn * PAGE_BYTES, PAGE_BYTES, old, new, tag, consume)
+                continue
+            if page.epoch != epoch:
+                page = self.writable(pfn, old)
+            consume(page.data)
+            page.key = new
+            page.tag = tag
+            page.tags = page.cipher = page.view = None
+            if changed is not None and old is not new:
+                changed(pfn, old, new)
+        self._rewrite(last * PAGE_BYTES, end - last * PAGE_BYTES, old, new, tag, consume)
+
+    def _rewrite(
+        self,
+        spa: int,
+        length_bytes: int,
+        old: MemoryKey | None,
+        new: MemoryKey | None,
+        tag: int,
+        consume: Callable[[bytes | bytearray], object],
+    ) -> None:
+        if length_bytes:
+            data = self.read(spa, length_bytes, old)
+            consume(data)
+            self.write(spa, data, new, tag)
+
     def _view(self, page: Page | None, pfn: int, key: MemoryKey | None) -> bytes:
         """The whole page as `key` sees it; at most two AES calls, kept until the next write."""
         if page is None:

@@ -40,8 +40,8 @@ class PlatformStatus(Layout, size=0x0C):
     api_major = u8(0x00, source=_SOURCE)
     api_minor = u8(0x01, source=_SOURCE)
     state = u8(0x02, source=_SOURCE)
-    external_owner = flag(0x03, u8, 0, source=_SOURCE)
-    config_es = flag(0x04, u16, 0, source=_SOURCE)
+    owner = u8(0x03, doc="1: external", source=_SOURCE)
+    config = u16(0x04, doc="bit 0: SEV-ES", source=_SOURCE)
     build_id = u8(0x07, source=_SOURCE)
     guest_count = u32(0x08, source=_SOURCE)
 

@@ -132,7 +132,7 @@ def entry(family: Family, declared: MailboxCommand) -> AspCommandEntry:
         request: Request[Any] = Request(number, command.spa, buffer)
         status = check(machine, buffer) or handler(machine, request)
         if request.changes and (not status or (length_query and status == Status.INVALID_LENGTH)):
-            command.reply = buffer.replace(**request.changes).to_bytes()
+            command.reply = buffer.patch(command.buffer, **request.changes)
         command.error_stack = error_stack(status)
         return status
 

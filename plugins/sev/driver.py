@@ -125,7 +125,7 @@ def initialise(machine: Machine, *, es: bool = False) -> None:
         machine.apply(HostMsr(SYSCFG, True, syscfg.value | MEM_ENCRYPTION_MOD_EN))
     status = need(machine, Command.PLATFORM_STATUS)
     if status.state != PlatformState.UNINIT:
-        if es and not status.config_es:
+        if es and not status.config:
             raise ConfigError("the platform is initialised without SEV-ES: SHUTDOWN first")
         return
     if not es:

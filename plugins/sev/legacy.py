@@ -63,7 +63,7 @@ LEGACY_COMMANDS: tuple[MailboxCommand, ...] = (
         Command.PLATFORM_STATUS,
         platform.platform_status,
         b.PlatformStatus,
-        *("api_major", "api_minor", "state", "external_owner", "config_es", "build_id", "guest_count"),
+        *("api_major", "api_minor", "state", "owner", "config", "build_id", "guest_count"),
     ),
     _declare(Command.PEK_GEN, keys.pek_gen),
     _declare(Command.PEK_CSR, keys.pek_csr, b.OneBlob, "length"),

@@ -12,6 +12,8 @@ from sevlab.plugins.sev.context import Gctx, sev_state
 from sevlab.plugins.sev.numbers import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sevlab.core.machine import Machine
 
 
@@ -82,6 +84,24 @@ def read_guest(machine: Machine, guest: Gctx, address: int, length_bytes: int) -
 def write_guest(machine: Machine, guest: Gctx, address: int, data: bytes) -> None:
     """Encrypt into guest memory; the caller has checked the range."""
     machine.memory.write(guest_spa(machine, address), data, guest.key(machine), guest_tag_of(machine, guest))
+
+
+def encrypt_in_place(
+    machine: Machine, guest: Gctx, address: int, length_bytes: int, consume: Callable[[bytes | bytearray], object]
+) -> None:
+    """One counted fetch of plaintext, and the same bytes back under the guest's key; the caller has checked the range.
+
+    `consume` gets every byte once. The AES happens when somebody looks.
+    """
+    place = machine.access.asp_place(address, length_bytes)
+    assert place is not None  # the caller has checked
+    fetches = machine.fetches
+    fetches.count += 1
+    if fetches.watched:
+        fetches.notice(place.spa, length_bytes)
+    machine.memory.hand_over(
+        place.spa, length_bytes, place.key, guest.key(machine), guest_tag_of(machine, guest), consume
+    )
 
 
 def guest_tag_of(machine: Machine, guest: Gctx) -> int:

@@ -413,3 +413,13 @@ def test_a_decoder_reads_only_what_was_asked_for():
     assert decode(Wide.build(b=2)).b == 2
     with pytest.raises(LayoutError, match="no field 'd'"):
         Wide.decoder("d")
+
+
+def test_patch_changes_only_the_named_fields():
+    class Pair(Layout, size=8):
+        first = u32(0)
+        second = u32(4)
+
+    assert Pair.patch(b"\1\2\3\4\5\6\7\x08", second=9) == b"\1\2\3\4\x09\0\0\0"
+    with pytest.raises(LayoutError, match="7 bytes, expected 8"):
+        Pair.patch(bytes(7), first=1)

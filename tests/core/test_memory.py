@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given
+from hypothesis import strategies as st
+from sevlab.core.caches import CachedMemory
 from sevlab.core.crypto import MemoryKey
 from sevlab.core.errors import ConfigError
 from sevlab.core.memory import TAG_POISON, Memory, guest_tag, split_pages
@@ -251,3 +254,25 @@ def test_a_deferred_page_settles_however_it_is_touched_and_a_reset_defers_it_aga
     assert memory.deferred(0x5000)
     memory.defer(0x5000, key, lambda: b"c" * 4096, 16)
     assert memory.read(0x5000, 1, key) == b"c"
+
+
+@pytest.mark.parametrize("caches", [False, True])
+@given(st.integers(0, 3 * 4096), st.integers(0, 3 * 4096), st.booleans(), st.booleans())
+def test_handing_over_is_reading_with_one_key_and_writing_with_the_other(caches, spa, length, marked, written):
+    memory = CachedMemory(4 * 4096) if caches else Memory(4 * 4096)
+    old, new = memory.install_key(bytes(range(32)), "old"), memory.install_key(bytes(range(32, 64)), "new")
+    if written:
+        memory.write(4096, bytes(range(256)) * 16, old, 9)
+    if marked:
+        memory.mark()
+    before = memory.capture()
+    expected = memory.read(spa, length, old)
+    seen = bytearray()
+    memory.hand_over(spa, length, old, new, 7, seen.extend)
+    assert bytes(seen) == expected
+    assert memory.read(spa, min(length, 4 * 4096 - spa), new) == expected[: 4 * 4096 - spa]
+    if not caches:  # a dirty line of the old view keeps its tags until it is written back
+        assert set(memory.tags(spa, min(length, 4 * 4096 - spa))) <= {7}
+    if marked:
+        memory.reset()
+        assert memory.capture() == before

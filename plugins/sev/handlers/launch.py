@@ -22,6 +22,8 @@ from sevlab.plugins.sev.numbers import MAX_GUESTS, Policy, Status
 from sevlab.plugins.sev.session import Channel, open_session
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sevlab.core.machine import Machine
 
 VMSA_BYTES = 4096
@@ -117,17 +119,27 @@ def _update(machine: Machine, request: Request[LaunchUpdate], *, vmsa: bool) -> 
     status = transfers.output_status(machine, buffer.spa, buffer.length)
     if status:
         return status
-    data = transfers.read(machine, buffer.spa, buffer.length)
-    if data is None:
+    if not transfers.valid_range(machine, buffer.spa, buffer.length):
         return Status.INVALID_ADDRESS
-    digest = guest.digest.plus(data)
-    if vmsa:
-        prepared = vmsa_slots.prepare(machine, guest, data)
-        if isinstance(prepared, Status):
-            return prepared
-        data = prepared
-    guest.digest = digest
-    transfers.write_guest(machine, guest, buffer.spa, data)
+    return _load_vmsa(machine, guest, buffer.spa) if vmsa else _load_data(machine, guest, buffer.spa, buffer.length)
+
+
+def _load_data(machine: Machine, guest: Gctx, spa: int, length_bytes: int) -> Status:
+    def feed(update: Callable[[bytes | bytearray], object]) -> None:
+        transfers.encrypt_in_place(machine, guest, spa, length_bytes, update)
+
+    guest.digest = guest.digest.plus(length_bytes, feed)
+    return Status.SUCCESS
+
+
+def _load_vmsa(machine: Machine, guest: Gctx, spa: int) -> Status:
+    vmsa = transfers.read(machine, spa, VMSA_BYTES)
+    assert vmsa is not None  # checked before
+    prepared = vmsa_slots.prepare(machine, guest, vmsa)
+    if isinstance(prepared, Status):
+        return prepared
+    guest.digest = guest.digest.plus(VMSA_BYTES, lambda update: update(vmsa))
+    transfers.write_guest(machine, guest, spa, prepared)
     return Status.SUCCESS
 
 

@@ -8,10 +8,10 @@ from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES, is_aligned
 from sevlab.plugins.sev import asids, transfers
 from sevlab.plugins.sev.buffers import Init, InitEx, OneBlob, PlatformStatus
 from sevlab.plugins.sev.command import NoBuffer, Request, reserved_set
-from sevlab.plugins.sev.context import Identity, SevState, sev_state
+from sevlab.plugins.sev.context import Identity, sev_state
 from sevlab.plugins.sev.handlers.common import move_platform
 from sevlab.plugins.sev.identity import chip_id, complete
-from sevlab.plugins.sev.numbers import Status
+from sevlab.plugins.sev.numbers import InitFlag, Status
 from sevlab.plugins.sev.nvram import NV_AREA_BYTES, Corrupt, erase, load, store
 from sevlab.plugins.sev.states import PlatformState
 from sevlab.plugins.sme import sme_state
@@ -157,20 +157,13 @@ def platform_status(machine: Machine, request: Request[PlatformStatus]) -> Statu
     Source: 55766, PLATFORM_STATUS; AMD-ASPFW sev_uapp/src/sev_mcmd.c, sev_mcmd_platform_status.
     """
     sev = sev_state(machine)
-    request.answer(
-        api_major=sev.api_major, api_minor=sev.api_minor, state=sev.state, build_id=sev.build, **_configuration(sev)
-    )
-    return Status.SUCCESS
-
-
-def _configuration(sev: SevState) -> dict[str, int]:
+    request.answer(api_major=sev.api_major, api_minor=sev.api_minor, state=sev.state, build_id=sev.build)
     if sev.state is PlatformState.UNINIT:
-        return {"external_owner": 0, "config_es": 0, "guest_count": 0}
-    return {
-        "external_owner": int(sev.identity.external_owner),
-        "config_es": int(sev.es),
-        "guest_count": len(sev.guests),
-    }
+        request.answer(owner=0, config=0, guest_count=0)
+    else:
+        owner, config = int(sev.identity.external_owner), InitFlag.ES if sev.es else 0
+        request.answer(owner=owner, config=config, guest_count=len(sev.guests))
+    return Status.SUCCESS
 
 
 def df_flush(machine: Machine, _request: Request[NoBuffer]) -> Status:

@@ -159,4 +159,4 @@ def test_shutdown_leaves_nothing_of_the_guests(world):
     assert not state.tmr.checksums
     assert not any(ccx.allocated | ccx.in_use for ccx in state.ccxs.values())
     status = world.need(Command.PLATFORM_STATUS)
-    assert (status.state, status.guest_count, status.config_es, status.external_owner) == (0, 0, 0, 0)
+    assert (status.state, status.guest_count, status.config, status.owner) == (0, 0, 0, 0)
