@@ -26,6 +26,9 @@ MAX_BLOCK_RECORDS = 1 << 18
 MAX_DEPTH = 8
 """Deepest nesting of a tuple field."""
 
+CACHED_RECORDS = 1 << 12
+"""Packed outcome records that the writer keeps for each kind."""
+
 END = b"\xc0"
 """A nil behind the block: it is the last value unless the last record swallowed it."""
 
@@ -33,12 +36,17 @@ Check = Callable[[Sequence[Any]], bool]
 
 
 class Kind(NamedTuple):
-    """A record kind as the codec uses it: `check` says whether values fit the declaration."""
+    """A record kind as the codec uses it.
+
+    `check` says whether values fit the declaration; `packed` are the bytes of records written before.
+    """
 
     number: int
-    spec: RecordSpec
+    is_step: bool
     cls: type
     check: Check
+    spec: RecordSpec
+    packed: dict[Record, bytes]
 
 
 class Codec:
@@ -55,8 +63,9 @@ class Codec:
         for number, spec in enumerate(kinds):
             types = tuple(_wire_type(field) for field in spec.fields)
             check = checks.setdefault(types, _make_check(types))
-            self.kinds.append(Kind(number, spec, self._class_of(spec, vocabulary), check))
+            self.kinds.append(Kind(number, spec.is_step, self._class_of(spec, vocabulary), check, spec, {}))
         self.vocabulary = Vocabulary({kind.spec.kind: kind.cls for kind in self.kinds})
+        self._by_number = dict(enumerate(self.kinds))
         self._by_class = {kind.cls: kind for kind in self.kinds}
         self._pack = msgpack.Packer(autoreset=True).pack
 
@@ -82,27 +91,43 @@ class Codec:
             raise TraceFormatError(f"time {time_ns}, vCPU {vcpu}: expected a time from 0 to 2^64-1 and a vCPU from -1")
         if len(outcome) >= MAX_BLOCK_RECORDS:
             raise TraceFormatError(f"{len(outcome)} outcome records: expected fewer than {MAX_BLOCK_RECORDS}")
-        number, values = self._values(step, is_step=True)
-        numbers, packed = [number], [self._pack((number, _delta(time_ns, since), vcpu, *values))]
+        kind = self._by_class.get(type(step))
+        if kind is None or not kind.is_step:
+            raise TraceFormatError(
+                f"{step!r:.80} is not a step of this trace's vocabulary; is its plugin in the header?"
+            )
+        numbers = [kind.number]
+        packed = [self._packed((kind.number, _delta(time_ns, since), vcpu, *_values(kind, step)), step)]
         for record in outcome:
-            number, values = self._values(record, is_step=False)
+            number, data = self._outcome(record)
             numbers.append(number)
-            packed.append(self._pack((number, *values)))
+            packed.append(data)
         return b"".join(packed), numbers
 
-    def _values(self, record: Record, *, is_step: bool) -> tuple[int, Record]:
+    def _outcome(self, record: Record) -> tuple[int, bytes]:
+        """Number and bytes of an outcome record; most are as one shortly before."""
         kind = self._by_class.get(type(record))
-        if kind is None or kind.spec.is_step is not is_step:
-            what = "a step" if is_step else "an outcome record"
+        if kind is None or kind.is_step:
             raise TraceFormatError(
-                f"{record!r:.80} is not {what} of this trace's vocabulary; is its plugin in the header?"
+                f"{record!r:.80} is not an outcome record of this trace's vocabulary; is its plugin in the header?"
             )
-        if kind.check(record):
-            return kind.number, record
-        plain = tuple(_plain(value) for value in record)  # enumeration members become their numbers
-        if not kind.check(plain):
-            raise TraceFormatError(f"{kind.spec.kind} holds {plain!r:.200}, expected {_words(kind.spec)}")
-        return kind.number, plain
+        try:
+            data = kind.packed.get(record)
+        except TypeError:  # it holds something that no record may hold
+            data = None
+        if data is None:
+            values = _values(kind, record)
+            data = self._packed((kind.number, *values), record)
+            if len(kind.packed) >= CACHED_RECORDS:
+                kind.packed.clear()
+            kind.packed[values] = data
+        return kind.number, data
+
+    def _packed(self, array: tuple[Any, ...], record: Record) -> bytes:
+        try:
+            return self._pack(array)  # type: ignore[no-any-return]
+        except (OverflowError, ValueError) as error:
+            raise TraceFormatError(f"{record!r:.200}: {error}") from error
 
     def unpack(self, block: bytes) -> list[Entry]:
         """All entries of a block. Raises `TraceFormatError` that names the record that is wrong."""
@@ -110,7 +135,8 @@ class Codec:
         outcome: list[Record] = []
         step: Record | None = None
         time_ns, vcpu = 0, 0
-        kinds, count, new = self.kinds, len(self.kinds), tuple.__new__
+        kinds, new = self._by_number, tuple.__new__
+        known: dict[Any, Record] = {}  # outcome records of the block: most come many times
         unpacker = msgpack.Unpacker(
             use_list=False,
             max_buffer_size=len(block) + len(END),
@@ -126,37 +152,49 @@ class Codec:
                     raise TraceFormatError(f"more than {MAX_BLOCK_RECORDS} records")
                 if array is None:
                     break
-                number = array[0]
-                if number.__class__ is not int or not 0 <= number < count:
-                    raise TraceFormatError(f"kind {number!r:.20} of {count}")
-                _, spec, cls, check = kinds[number]
-                if spec.is_step:
-                    if step is not None:
-                        entries.append(Entry(time_ns, vcpu, step, tuple(outcome)))
-                        outcome = []
-                    _, delta, vcpu, *_ = array
-                    time_ns = (time_ns + delta) & MASK64  # a TypeError unless it is a number
-                    if vcpu.__class__ is not int or vcpu < -1:
-                        raise TraceFormatError(f"vCPU {vcpu!r:.20}")
-                    values = array[3:]
-                    step = new(cls, values)
-                else:
-                    if step is None:
-                        raise TraceFormatError("an outcome before any step")
-                    values = array[1:]
-                    outcome.append(new(cls, values))
+                record = known.get(array)
+                if record is not None:
+                    outcome.append(record)
+                    continue
+                _, is_step, cls, check, spec, _ = kinds[array[0]]
+                values = array[3 if is_step else 1 :]
                 if not check(values):
                     raise TraceFormatError(f"{spec.kind} holds {values!r:.200}, expected {_words(spec)}")
+                record = new(cls, values)
+                if not is_step:
+                    if step is None:
+                        raise TraceFormatError("an outcome before any step")
+                    outcome.append(record)
+                    known[array] = record
+                    continue
+                if step is not None:
+                    entries.append(Entry(time_ns, vcpu, step, tuple(outcome)))
+                    outcome = []
+                step = record
+                time_ns = (time_ns + array[1]) & MASK64  # a TypeError unless it is a number
+                vcpu = array[2]
+                if vcpu.__class__ is not int or vcpu < -1:
+                    raise TraceFormatError(f"vCPU {vcpu!r:.20}")
             if array is not None or unpacker.tell() != len(block) + len(END):
                 raise TraceFormatError("the block ends inside a record")
         except TraceFormatError as error:
             raise TraceFormatError(f"entry {len(entries)} of the block: {error}") from error
-        except (ValueError, TypeError, IndexError, RecursionError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, LookupError, RecursionError, msgpack.UnpackException) as error:
             what = f"{type(error).__name__} {error!s:.80}"
             raise TraceFormatError(f"entry {len(entries)} of the block: {array!r:.80}: {what}") from error
         if step is not None:
             entries.append(Entry(time_ns, vcpu, step, tuple(outcome)))
         return entries
+
+
+def _values(kind: Kind, record: Record) -> Record:
+    """The values of `record` in types that travel. Raises `TraceFormatError` unless they fit its declaration."""
+    if kind.check(record):
+        return record
+    plain = tuple(_plain(value) for value in record)  # enumeration members become their numbers
+    if not kind.check(plain):
+        raise TraceFormatError(f"{kind.spec.kind} holds {plain!r:.200}, expected {_words(kind.spec)}")
+    return plain
 
 
 def _delta(time_ns: int, since: int) -> int:
@@ -179,15 +217,17 @@ def _words(spec: RecordSpec) -> str:
 
 
 def _make_check(types: tuple[type, ...]) -> Check:
-    """One generated expression over a record's values: about 60 ns a field."""
-    tests = [f"len(v) == {len(types)}"]
-    for index, expected in enumerate(types):
-        tests.append(f"v[{index}].__class__ is {expected.__name__}")
-        if expected is int:
-            tests.append(f"0 <= v[{index}] <= {MASK64}")
-        if expected is tuple:
-            tests.append(f"plain(v[{index}], {MAX_DEPTH})")
-    return cast("Check", eval(f"lambda v: {' and '.join(tests)}", {"plain": _is_plain}))  # noqa: S307  # types and numbers only
+    """One generated expression over a record's values: all types at once, then signs, then what tuples hold.
+
+    msgpack itself refuses numbers past 64 bits; the bitwise or of numbers is negative when one of them is.
+    """
+    tests = ["tuple(map(type, v)) == types"]
+    numbers = [f"v[{index}]" for index, expected in enumerate(types) if expected is int]
+    if numbers:
+        tests.append(f"({' | '.join(numbers)}) >= 0")
+    tests += [f"(not v[{n}] or plain(v[{n}], {MAX_DEPTH}))" for n, expected in enumerate(types) if expected is tuple]
+    scope = {"types": types, "plain": _is_plain}
+    return cast("Check", eval(f"lambda v: {' and '.join(tests)}", scope))  # noqa: S307  # indices only
 
 
 def _is_plain(items: tuple[Any, ...], depth: int) -> bool:

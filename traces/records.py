@@ -62,12 +62,5 @@ class Found(NamedTuple):
     state: Derived[str]
 
 
-@outcome("trace.lasted", Boundary.SCHEDULER)
-class Lasted(NamedTuple):
-    """How long the exchange took in the capture: from its first event, whose time is the entry's, to its last."""
-
-    nanoseconds: Derived[int]
-
-
-TRACE_RECORDS: tuple[type, ...] = (Reset, Mark, State, End, Unwritable, Violation, Found, Lasted)
+TRACE_RECORDS: tuple[type, ...] = (Reset, Mark, State, End, Unwritable, Violation, Found)
 """All kinds of this module; part of the vocabulary of every trace."""

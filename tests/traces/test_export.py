@@ -2,23 +2,31 @@ from __future__ import annotations
 
 import io
 import json
+from typing import NamedTuple
 
 import pytest
 from sevlab.core import events as ev
 from sevlab.core.config import MachineConfig
 from sevlab.core.errors import ConfigError
+from sevlab.core.vocabulary import Boundary, Derived, Vocabulary, outcome
 from sevlab.traces.export import FORMATS, SUFFIXES, exporter
 from sevlab.traces.reader import TraceReader
-from sevlab.traces.records import Lasted
-from sevlab.traces.schema import NO_VCPU, Entry, Header, Source
+from sevlab.traces.schema import NO_VCPU, Entry, Header, Source, vocabulary_of
 from sevlab.traces.script import read_script
 from sevlab.traces.text import record_from_json, record_json
 from sevlab.traces.writer import TraceWriter
 
+
+@outcome("test.over", Boundary.CPU)
+class Over(NamedTuple):
+    after_ns: Derived[int]
+
+
+VOCABULARY = Vocabulary(vocabulary_of(("sme",)).kinds | {"test.over": Over})
 IO_EXIT = ev.CpuExit(0, 0x7B, 0x3F8_0210, 0xFFFF_FFFF_8160_A3F3, b"\xee", 0)
 ENTRIES = [
-    Entry(1000, 0, IO_EXIT, (ev.Resumed(0, 0x1001), Lasted(700))),
-    Entry(1200, 1, ev.CpuExit(1, 0x72, 0, 0, b"", 0), (Lasted(300),)),
+    Entry(1000, 0, IO_EXIT, (ev.Resumed(0, 0x1001), Over(700))),
+    Entry(1200, 1, ev.CpuExit(1, 0x72, 0, 0, b"", 0), (Over(300),)),
     Entry(2000, NO_VCPU, ev.AspCommand("sev", 4, 0x1000, b"\1\2"), (ev.AspStatus(4, 0, b"\1\2"),)),
     Entry(2000, NO_VCPU, ev.MemoryRead(1, 0, 0, 0x1000, True, 4), (ev.Data(b"abcd"),)),
     Entry(2000, NO_VCPU, ev.AdvanceClock(1), (ev.Done(),)),
@@ -29,10 +37,10 @@ ENTRIES = [
 def reader():
     file = io.BytesIO()
     header = Header(config=MachineConfig(plugins=("sme",)), source=Source("ftrace", "boot.txt", "0" * 64))
-    with TraceWriter(file, header) as writer:
+    with TraceWriter(file, header, vocabulary=VOCABULARY) as writer:
         for entry in ENTRIES:
             writer.append(entry)
-    return TraceReader(file)
+    return TraceReader(file, vocabulary=VOCABULARY)
 
 
 def test_perfetto_reads_back_with_its_own_library(reader, tmp_path):

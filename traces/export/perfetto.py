@@ -2,8 +2,8 @@
 
 A track for each vCPU, one for the hypervisor (steps that no vCPU takes) and one for the ASP. Each entry is a slice from
 the exit to the next entry, with the fields of its step and its outcome as arguments. A capture says how long that
-took (`trace.lasted`); in our own recordings no time passes, so there a slice is drawn one microsecond long and the next
-begins where it ends.
+took, in a field `after_ns` of the outcome; in our own recordings no time passes, so there a slice is drawn one
+microsecond long and the next begins where it ends.
 
 The messages are few and flat, so they are written here without a protobuf library.
 
@@ -20,7 +20,6 @@ from typing import Any
 from sevlab.core.vocabulary import Boundary, Record, spec_of
 from sevlab.traces.compare import one_line, show
 from sevlab.traces.reader import TraceReader
-from sevlab.traces.records import Lasted
 from sevlab.traces.schema import NO_VCPU, Entry
 from sevlab.traces.text import title
 
@@ -45,8 +44,9 @@ def export(reader: TraceReader, path: Path) -> int:
             if track not in free:
                 file.write(_track(track, PROCESS, _track_name(track)))
             begin = max(entry.time_ns, free.get(track, 0))
-            lasted = next((record.nanoseconds for record in entry.outcome if type(record) is Lasted), DRAWN_NS)
-            free[track] = end = max(begin, entry.time_ns + lasted if lasted != DRAWN_NS else begin + lasted)
+            lasted = next((after for record in entry.outcome if (after := getattr(record, "after_ns", None))), None)
+            end = begin + DRAWN_NS if lasted is None else max(begin, entry.time_ns + lasted)
+            free[track] = end
             arguments = b"".join(_arguments(number, entry))
             file.write(_event(begin, track, SLICE_BEGIN, _text(23, title(entry.step)) + arguments))
             file.write(_event(end, track, SLICE_END, b""))
