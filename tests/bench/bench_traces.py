@@ -39,33 +39,35 @@ def files(bench: Bench) -> list[Row]:
     entries = _entries(2_000 if bench.quick else 60_000)
     vocabulary = vocabulary_of(("io",))
     records = 3 * len(entries)
-    started = time.perf_counter()
+    started = time.process_time()
     floor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
     arrays = [(1, *entry[:2], *entry.step) for entry in entries], [tuple(r) for e in entries for r in e.outcome]
-    started = time.perf_counter()
+    started = time.process_time()
     raw = b"".join(map(msgpack.packb, arrays[0])) + b"".join(map(msgpack.packb, arrays[1]))
     packed = floor.compress(raw)
-    floor_write = time.perf_counter() - started
-    started = time.perf_counter()
+    floor_write = time.process_time() - started
+    started = time.process_time()
     unpacker = msgpack.Unpacker(use_list=False, max_buffer_size=len(raw))
     unpacker.feed(zstandard.ZstdDecompressor().decompress(packed))
     assert sum(1 for _ in unpacker) == records
-    floor_read = time.perf_counter() - started
+    floor_read = time.process_time() - started
     file = io.BytesIO()
-    started = time.perf_counter()
+    started = time.process_time()
     with TraceWriter(file, HEADER, vocabulary=vocabulary) as writer:
         for entry in entries:
             writer.append(entry)
-    write = time.perf_counter() - started
+    write = time.process_time() - started
+    count = len(entries)
+    del entries, arrays
     reader = TraceReader(file, vocabulary=vocabulary)
-    started = time.perf_counter()
-    assert sum(1 for _ in reader) == len(entries)
-    read = time.perf_counter() - started
-    seek = bench(lambda: reader[len(entries) // 2], number=10)
+    started = time.process_time()
+    assert sum(1 for _ in reader) == count
+    read = time.process_time() - started
+    seek = bench(lambda: reader[count // 2], number=10)
     return [
         ("write a trace, to msgpack and zstd alone", write / floor_write, f"{records / write / 1e3:,.0f} k records/s"),
         ("read a trace, to zstd and msgpack alone", read / floor_read, f"{records / read / 1e3:,.0f} k records/s"),
-        ("bytes an entry", len(file.getvalue()) / len(entries), f"{len(file.getvalue()) / len(entries):.1f} bytes"),
+        ("bytes an entry", len(file.getvalue()) / count, f"{len(file.getvalue()) / count:.1f} bytes"),
         ("any entry by its number, its block unpacked before", seek, f"{seek:.1f} us"),
     ]
 
@@ -77,10 +79,10 @@ def recording(bench: Bench) -> list[Row]:
     def took(watch: bool | None) -> tuple[float, io.BytesIO]:
         machine, file = make_machine("sme", "io", guests=1), io.BytesIO()
         recorder = None if watch is None else Recorder(machine, file, watch=watch)
-        started = time.perf_counter()
+        started = time.process_time()
         for step in steps:
             machine.apply(step)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         if recorder is not None:
             recorder.close()
         return seconds / len(steps) * 1e6, file
@@ -89,9 +91,9 @@ def recording(bench: Bench) -> list[Row]:
     blind, _ = took(watch=False)
     watched, file = took(watch=True)
     reader = TraceReader(file)
-    started = time.perf_counter()
+    started = time.process_time()
     assert not replay_recorded(reader).divergences
-    replay = (time.perf_counter() - started) / len(steps) * 1e6
+    replay = (time.process_time() - started) / len(steps) * 1e6
     return [
         ("a recorded step, to the step alone", blind / plain, f"{blind:.1f} us"),
         ("the same with snapshots compared", watched / plain, f"{watched:.0f} us"),
