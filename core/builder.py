@@ -84,6 +84,7 @@ class Tables(NamedTuple):
     asp_registers: dict[int, asp.AspRegister]
     nae_events: dict[int, Any]
     msr_protocol: dict[int, Any]
+    vc_handlers: dict[int, Any]
     hypercalls: dict[int, Any]
 
 
@@ -163,6 +164,7 @@ class Builder:
         self.asp_registers: Registry[int, asp.AspRegister] = Registry("ASP register", _hex)
         self.nae_events: Registry[int, Any] = Registry("NAE event", _hex)
         self.msr_protocol: Registry[int, Any] = Registry("MSR-protocol request", _hex)
+        self.vc_handlers: Registry[int, Any] = Registry("guest's handler of #VC", exit_name)
         self.hypercalls: Registry[int, Any] = Registry("hypercall", str)
         self.slots = Slots()
         self._slot_owners: dict[str, str] = {}
@@ -204,6 +206,7 @@ class Builder:
             asp_registers=self.asp_registers.freeze(),
             nae_events=self.nae_events.freeze(),
             msr_protocol=self.msr_protocol.freeze(),
+            vc_handlers=self.vc_handlers.freeze(),
             hypercalls=self.hypercalls.freeze(),
         )
 
@@ -243,6 +246,7 @@ class PluginBuilder:
         self.asp_registers = Registrar(builder.asp_registers, plugin)
         self.nae_events = Registrar(builder.nae_events, plugin)
         self.msr_protocol = Registrar(builder.msr_protocol, plugin)
+        self.vc_handlers = Registrar(builder.vc_handlers, plugin)
         self.hypercalls = Registrar(builder.hypercalls, plugin)
 
     def mmio(self, window: MmioWindow) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.sev_es import hardware, hypervisor, msr_layout, startup
+from sevlab.plugins.sev_es import guest_driver, hardware, hypervisor, msr_layout, startup
 from sevlab.plugins.sev_es.declare import (
     DONE,
     GENERAL_PROTECTION,
@@ -45,6 +45,9 @@ from sevlab.plugins.sev_es.ghcb import (
     Usage,
     valid_mask,
 )
+from sevlab.plugins.sev_es.guest import GuestReply, MsrExit, Outcome, PageExit, VcContext, VcEnd, VcResult, call, handle
+from sevlab.plugins.sev_es.guest_events import HANDLERS
+from sevlab.plugins.sev_es.guest_startup import ApJumpTable, before_setup, jump_table_request
 from sevlab.plugins.sev_es.hyperv import HypervPage
 from sevlab.plugins.sev_es.hypervisor import ghcb_window, write_reply
 from sevlab.plugins.sev_es.io_events import EVENTS as IO_EVENTS
@@ -58,6 +61,7 @@ from sevlab.plugins.sev_es.records import (
     ForgeReply,
     GhcbReply,
     GhcbRequest,
+    GuestApHold,
     GuestFailed,
     GuestFault,
     GuestSetup,
@@ -70,7 +74,7 @@ from sevlab.plugins.sev_es.records import (
     VmgexitIgnored,
 )
 from sevlab.plugins.sev_es.scratch import Scratch
-from sevlab.plugins.sev_es.startup import set_up_vcpus, start_vcpu
+from sevlab.plugins.sev_es.startup import set_up_vcpus
 from sevlab.plugins.sev_es.states import OPTIONS, Hold, SevEsState, sev_es_state, vcpu_protocol, vm_protocol
 from sevlab.plugins.sev_es.vmsa import SevFeatures, Vmsa, segment_bytes, segment_of
 
@@ -83,6 +87,7 @@ REQUIRES: tuple[str, ...] = ("sme", "sev")
 __all__ = [
     "DONE",
     "GENERAL_PROTECTION",
+    "HANDLERS",
     "INVALID_EVENT",
     "INVALID_INPUT",
     "INVALID_SCRATCH",
@@ -97,6 +102,7 @@ __all__ = [
     "SHARED_BUFFER_BYTES",
     "SHARED_BUFFER_OFFSET",
     "VALID_BITS",
+    "ApJumpTable",
     "Case",
     "ExitClass",
     "ForgeMsr",
@@ -104,11 +110,14 @@ __all__ = [
     "Ghcb",
     "GhcbReply",
     "GhcbRequest",
+    "GuestApHold",
     "GuestFailed",
     "GuestFault",
+    "GuestReply",
     "GuestSetup",
     "Hold",
     "HvFeature",
+    "MsrExit",
     "MsrInfo",
     "MsrReply",
     "MsrRequest",
@@ -117,6 +126,8 @@ __all__ = [
     "Need",
     "NmiInside",
     "OrderWarning",
+    "Outcome",
+    "PageExit",
     "Reason",
     "Reply",
     "Result",
@@ -125,22 +136,28 @@ __all__ = [
     "SevFeatures",
     "Terminated",
     "Usage",
+    "VcContext",
     "VcDelivered",
+    "VcEnd",
+    "VcResult",
     "Vmgexit",
     "VmgexitIgnored",
     "Vmsa",
     "VmsaProfile",
+    "before_setup",
+    "call",
     "exception",
     "exit_class",
     "ghcb_window",
+    "handle",
     "initial_vmsa",
+    "jump_table_request",
     "malformed",
     "msr_layout",
     "segment_bytes",
     "segment_of",
     "set_up_vcpus",
     "sev_es_state",
-    "start_vcpu",
     "valid_mask",
     "vcpu_protocol",
     "vm_protocol",
@@ -164,8 +181,12 @@ def sevlab_register(builder: PluginBuilder) -> None:
     for info, request in REQUESTS.items():
         builder.msr_protocol.add(info, request)
     hypervisor.register(builder)
-    hardware.register(builder, None)
-    startup.register(builder)
+    for code, handler in HANDLERS.items():
+        builder.vc_handlers.add(code, handler)
+    guest = guest_driver.register(builder)
+    runs = builder.options["guest"] != "none"
+    hardware.register(builder, guest.handle_vc if runs else None)
+    startup.register(builder, guest.woken if runs else None)
 
 
 @hookimpl

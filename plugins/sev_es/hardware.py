@@ -11,13 +11,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sevlab.core.builder import Msr
 from sevlab.core.cpu import CONTROL_SEV_ES, FaultUnwind, illegal_state, leave_guest
-from sevlab.core.events import CpuExit, Faulted, Refused
+from sevlab.core.events import CpuExit, Fault, Faulted, Refused
 from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, Vector
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
 from sevlab.plugins import sev
 from sevlab.plugins.sev_es.exits import ExitClass, exit_class
-from sevlab.plugins.sev_es.msr_layout import INFO_MASK
+from sevlab.plugins.sev_es.msr_layout import INFO_MASK, MSR_SEV_STATUS
 from sevlab.plugins.sev_es.records import VcDelivered, Vmgexit
 from sevlab.plugins.sev_es.save_area import load_state, state_bytes
 from sevlab.plugins.sev_es.states import sev_es_state, vm_protocol
@@ -35,6 +36,8 @@ RFLAGS_IF = 1 << 9
 GUEST_IF = 1 << 1
 """Bit of the VMCB's interrupt state: what a hypervisor learns of the guest's IF. Source: 24593, 15.35.7."""
 
+CPUID_ENCRYPTION, CPUID_SEV_ES = 0x8000_001F, 1 << 3
+SEV_ES_ACTIVE = 1 << 1
 VMGEXIT_BYTES = b"\xf3\x0f\x01\xd9"
 WRITE = 1
 
@@ -194,8 +197,25 @@ def vmgexit_step(machine: Machine, step: Vmgexit) -> None:
             machine.emit(Faulted(*fault))
 
 
+def make_sev_status(before: Msr) -> Msr:
+    """SEV_STATUS of an encrypted guest: bit 0 SEV, bit 1 SEV-ES, from bit 2 on its SEV_FEATURES; it never exits.
+
+    Source: 24593, 15.34.10.
+    """
+
+    def read(machine: Machine, vcpu: Vcpu | None, msr: int) -> int | Fault:
+        value = 0 if before.read is None else before.read(machine, vcpu, msr)
+        if vcpu is None or not isinstance(value, int) or not encrypted(vcpu):
+            return value
+        return value | SEV_ES_ACTIVE | vm_protocol(machine, vcpu).sev_features << 2
+
+    return Msr(read, before.write)
+
+
 def register(builder: PluginBuilder, handle_vc: Callable[[Machine, Vcpu, CpuExit], None] | None) -> None:
     """Take the processor's slots and the step."""
+    builder.cpuid_bits(CPUID_ENCRYPTION, eax=CPUID_SEV_ES)
+    builder.guest_msrs.replace(MSR_SEV_STATUS, make_sev_status)
     builder.slot("vmrun_exit", Exits(handle_vc))
     builder.replace_slot("vmrun_enter", make_vmrun_enter)
     builder.slot("inject_filter", inject_filter)

@@ -29,6 +29,17 @@ class GuestSetup(NamedTuple):
     ghcb_gpa: Input[int]
 
 
+@step("sev_es.ap-hold", Boundary.GHCB)
+class GuestApHold(NamedTuple):
+    """The reference guest lets this application processor wait for its start-up IPI (AP reset hold).
+
+    `jump_table_gpa`: where its code finds the address to go to then, in private memory; 0: it stays where it is.
+    """
+
+    vcpu: Input[int]
+    jump_table_gpa: Input[int]
+
+
 @step("sev_es.vc-nmi", Boundary.GHCB)
 class NmiInside(NamedTuple):
     """An NMI hits the reference guest's #VC handler: in its next exit, between the request and VMGEXIT.
@@ -164,6 +175,7 @@ class OrderWarning(NamedTuple):
 RECORDS: tuple[type, ...] = (
     Vmgexit,
     GuestSetup,
+    GuestApHold,
     NmiInside,
     ForgeReply,
     ForgeMsr,

@@ -18,6 +18,8 @@ from sevlab.plugins.sev_es.records import MsrReply
 from sevlab.plugins.sev_es.states import Hold, sev_es_state, vcpu_protocol, vm_protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
@@ -75,33 +77,49 @@ def set_up_vcpus(machine: Machine, vm_id: int) -> None:
         vcpu.vmcb.ghcb_gpa = sev_information(machine)
 
 
-def start_vcpu(machine: Machine, vcpu: Vcpu, vector: int) -> bool:
+class StartUp:
     """The slot `start_vcpu`: an encrypted AP starts with its launch state, later from its reset hold.
 
-    The vector means nothing to the hypervisor, which cannot set CS and RIP: the guest's AP takes its start address
-    from the jump table. A start-up IPI to a vCPU that is not in hold is lost.
-    Source: Linux arch/x86/kvm/svm/sev.c (sev_vcpu_deliver_sipi_vector).
+    `woken` is told when a hold is over: the guest's code goes on.
     """
-    if not encrypted(vcpu):
-        return False
-    state = vcpu_protocol(machine, vcpu)
-    hold, state.hold = state.hold, Hold.NONE
-    if hold == Hold.NONE:
-        if not state.started:
-            state.started = True
-            vcpu.halted = False
+
+    __slots__ = ("_woken",)
+
+    def __init__(self, woken: Callable[[Machine, Vcpu], None] | None) -> None:
+        self._woken = woken
+
+    def __call__(self, machine: Machine, vcpu: Vcpu, vector: int) -> bool:
+        """A start-up IPI arrives; False for a guest whose registers the hypervisor can set.
+
+        The vector means nothing here: the AP takes its start address from the jump table. A start-up IPI to a vCPU that
+        runs is lost. Source: Linux arch/x86/kvm/svm/sev.c (sev_vcpu_deliver_sipi_vector).
+        """
+        if not encrypted(vcpu):
+            return False
+        state = vcpu_protocol(machine, vcpu)
+        hold, state.hold = state.hold, Hold.NONE
+        if hold == Hold.NONE and state.started:
+            return True
+        state.started = True
+        vcpu.halted = False
+        if hold == Hold.NONE:
+            return True
+        answer(machine, vcpu, hold)
+        if self._woken is not None:
+            self._woken(machine, vcpu)
         return True
-    state.started = True
-    vcpu.halted = False
+
+
+def answer(machine: Machine, vcpu: Vcpu, hold: int) -> None:
+    """Tell a vCPU in reset hold that its start-up IPI came. Source: 56421, 2.3 and 4.1."""
     if hold == Hold.MSR:
         request = vcpu.vmcb.ghcb_gpa
         vcpu.vmcb.ghcb_gpa = WOKEN << 12 | MsrInfo.AP_RESET_HOLD_RESPONSE
         machine.emit(MsrReply(vcpu.vcpu_id, request, vcpu.vmcb.ghcb_gpa))
-        return True
+        return
     window = ghcb_window(machine, vcpu)
     if window is not None:
         write_reply(machine, vcpu, window, NaeCode.AP_RESET_HOLD, Reply(info_2=WOKEN), b"")
-    return True
 
 
 def make_states(machine: Machine) -> None:
@@ -111,7 +129,7 @@ def make_states(machine: Machine) -> None:
         vcpu_protocol(machine, vcpu)
 
 
-def register(builder: PluginBuilder) -> None:
+def register(builder: PluginBuilder, woken: Callable[[Machine, Vcpu], None] | None) -> None:
     """Take the slot, and take over the options that replies depend on."""
     options = builder.options
 
@@ -122,4 +140,4 @@ def register(builder: PluginBuilder) -> None:
 
     builder.at_boot(offer)
     builder.at_boot(make_states)
-    builder.slot("start_vcpu", start_vcpu)
+    builder.slot("start_vcpu", StartUp(woken))

@@ -57,6 +57,8 @@ class VmProtocol(Stateful):
 
     snp: bool = False
     """Whether the VM is an SNP guest; the plugin that makes such guests says so."""
+    sev_features: int = 0
+    """SEV_FEATURES that all its vCPUs have; what SEV_STATUS shows from bit 2 on."""
     jump_table_gpa: int = 0
 
 
