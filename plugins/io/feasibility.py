@@ -65,6 +65,7 @@ EVENTS: dict[int, Feasibility] = {
     ExitCode.RDTSCP: Feasibility(H, H, G),
     ExitCode.RDPMC: Feasibility(H, H, G),
     ExitCode.CPUID: Feasibility(H, H, G),
+    ExitCode.IRET: Feasibility(H, H, N, "the NMI window; an encrypted guest says NMI_COMPLETE instead"),
     ExitCode.SWINT: Feasibility(H, H, N, "INT n: decode assist gives the vector, EVENTINJ needs the next RIP"),
     ExitCode.INVD: Feasibility(H, H, G),
     ExitCode.WBINVD: Feasibility(H, H, G),
