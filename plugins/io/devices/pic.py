@@ -106,6 +106,8 @@ class Pic(Stateful):
         In special mask mode a masked line in service does not hold others back; in special fully nested mode the
         slave's line does not hold itself back.
         """
+        if not self.irr & ~self.imr:
+            return None  # nothing asks: what every entry into the guest finds
         holding = self.isr & ~self.imr if self.special_mask else self.isr
         if self.special_nested:
             holding &= ~(1 << CASCADE_LINE)
