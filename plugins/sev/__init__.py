@@ -12,7 +12,7 @@ from sevlab.core.hookspecs import hookimpl
 from sevlab.plugins.sev import asids, crypto, identity, transfers, vmsa_slots
 from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm
 from sevlab.plugins.sev.chain import Check
-from sevlab.plugins.sev.command import Family, MailboxCommand, Request
+from sevlab.plugins.sev.command import Family, MailboxCommand, NoBuffer, Request
 from sevlab.plugins.sev.command import markdown_table as command_table
 from sevlab.plugins.sev.command import register as register_commands
 from sevlab.plugins.sev.context import Gctx, SevState, sev_state
@@ -31,7 +31,7 @@ from sevlab.plugins.sev.launch_digest import SevLaunchDigest
 from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
 from sevlab.plugins.sev.numbers import Command, Policy, Status
 from sevlab.plugins.sev.setup import OPTIONS, register
-from sevlab.plugins.sev.signatures import RSA_EXPONENT, RsaKey, rsa_pss_sign, sign_ecdsa, verify_ecdsa
+from sevlab.plugins.sev.signatures import RSA_EXPONENT, RsaKey, pubkey_point, rsa_pss_sign, sign_ecdsa, verify_ecdsa
 from sevlab.plugins.sev.states import GUEST, PLATFORM, GuestState, PlatformState
 from sevlab.plugins.sev.vendor import vendor_key
 
@@ -59,6 +59,7 @@ __all__ = [
     "GuestState",
     "Launched",
     "MailboxCommand",
+    "NoBuffer",
     "PlatformState",
     "Point",
     "Policy",
@@ -75,6 +76,7 @@ __all__ = [
     "initialise",
     "launch_guest",
     "need",
+    "pubkey_point",
     "public_point",
     "register_commands",
     "rsa_pss_sign",

@@ -106,4 +106,9 @@ def encrypt_in_place(
 
 def guest_tag_of(machine: Machine, guest: Gctx) -> int:
     """Whose data a byte of this guest's memory is: the VM that runs under its ASID, the ASP's until one does."""
-    return next((vcpu.tag for vcpu in machine.vcpus.values() if vcpu.asid == guest.asid), TAG_ASP)
+    return tag_of_asid(machine, guest.asid)
+
+
+def tag_of_asid(machine: Machine, asid: int) -> int:
+    """The owner tag of the VM that runs under `asid`; the ASP's until one does."""
+    return next((vcpu.tag for vcpu in machine.vcpus.values() if vcpu.asid == asid), TAG_ASP)

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.snp.handlers import register
+from sevlab.plugins.snp.automata import SNP_GUEST, SNP_PLATFORM
+from sevlab.plugins.snp.command_table import COMMAND_LAYOUTS
+from sevlab.plugins.snp.guest_pages import GUEST_PAGE_LAYOUTS
 from sevlab.plugins.snp.layout import RmpEntry, RmpState
+from sevlab.plugins.snp.messages import MESSAGE_LAYOUTS
 from sevlab.plugins.snp.records import RMP_RECORDS
 from sevlab.plugins.snp.report import REPORT_LAYOUTS
+from sevlab.plugins.snp.setup import OPTIONS, register
 from sevlab.plugins.snp.states import PAGE_STATES, PageState, page_state
 
 if TYPE_CHECKING:
@@ -28,6 +33,11 @@ __all__ = ["PageState", "RmpEntry", "RmpState", "page_state"]
 
 
 @hookimpl
+def sevlab_options() -> tuple[Option, ...]:
+    return OPTIONS
+
+
+@hookimpl
 def sevlab_register(builder: PluginBuilder) -> None:
     register(builder)
 
@@ -39,9 +49,9 @@ def sevlab_records() -> tuple[type, ...]:
 
 @hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return (RmpEntry, RmpState, *REPORT_LAYOUTS)
+    return (RmpEntry, RmpState, *COMMAND_LAYOUTS, *MESSAGE_LAYOUTS, *GUEST_PAGE_LAYOUTS, *REPORT_LAYOUTS)
 
 
 @hookimpl
 def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
-    return (PAGE_STATES,)
+    return (PAGE_STATES, SNP_PLATFORM, SNP_GUEST)

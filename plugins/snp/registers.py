@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from sevlab.core.builder import Msr
 from sevlab.core.events import Fault
 from sevlab.core.svm import Vector
-from sevlab.core.units import align_down
+from sevlab.core.units import PAGE_MASK, align_down
 from sevlab.plugins.sme import SYSCFG, SmeCpuid
-from sevlab.plugins.snp.rmp import RMP_ALIGNMENT_BYTES, rmp_bytes_for
+from sevlab.plugins.snp.rmp import RMP_ALIGNMENT_BYTES, rmp_bytes_for, state_of
 from sevlab.plugins.snp.rmp_host import snp_enabled
-from sevlab.plugins.snp.states import snp_state
+from sevlab.plugins.snp.states import HWCR_SMM_LOCK, PageState, snp_state
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 RMP_BASE = 0xC001_0132
 RMP_END = 0xC001_0133
+HWCR = 0xC001_0015
+VM_HSAVE_PA = 0xC001_0117
 RMP_LOW_BITS = 0x1FFF
 """RMP_BASE has these clear, RMP_END set: 8 KiB. Source: 24593, 15.36.3."""
 
@@ -37,6 +39,8 @@ def register(builder: PluginBuilder) -> None:
     part = builder.config.part
     builder.host_msrs.add(RMP_BASE, Msr(read_base, write_base))
     builder.host_msrs.add(RMP_END, Msr(read_end, write_end))
+    builder.host_msrs.add(HWCR, Msr(read_hwcr, write_hwcr))
+    builder.host_msrs.add(VM_HSAVE_PA, Msr(read_hsave, write_hsave))
     builder.host_msrs.replace(SYSCFG, latched)
     word = SmeCpuid.build(sev_snp=1, vmpl_count=part.vmpls)
     rmpread = EAX_RMPREAD if part.name == "turin" else 0
@@ -97,4 +101,31 @@ def write_end(machine: Machine, _vcpu: Vcpu | None, _msr: int, value: int) -> Fa
     if not _writable(machine, value) or value & RMP_LOW_BITS != RMP_LOW_BITS:
         return Fault(Vector.GP, 0, 0)
     snp_state(machine).rmp_end = value
+    return None
+
+
+def read_hwcr(machine: Machine, _vcpu: Vcpu | None, _msr: int) -> int:
+    """RDMSR of HWCR."""
+    return snp_state(machine).hwcr
+
+
+def write_hwcr(machine: Machine, _vcpu: Vcpu | None, _msr: int, value: int) -> Fault | None:
+    """WRMSR of HWCR; SmmLock stays set until reset. Source: 24593, 15.32."""
+    state = snp_state(machine)
+    state.hwcr = value | state.hwcr & HWCR_SMM_LOCK
+    return None
+
+
+def read_hsave(machine: Machine, _vcpu: Vcpu | None, _msr: int) -> int:
+    """RDMSR of VM_HSAVE_PA."""
+    return snp_state(machine).vm_hsave_pa
+
+
+def write_hsave(machine: Machine, _vcpu: Vcpu | None, _msr: int, value: int) -> Fault | None:
+    """WRMSR of VM_HSAVE_PA; under SNP the page must be the hypervisor's. Source: 24593, 15.36.10 and 15.30.4."""
+    if value & PAGE_MASK or value >= machine.memory.size_bytes:
+        return Fault(Vector.GP, 0, 0)
+    if snp_enabled(machine) and state_of(machine, value) not in (PageState.HYPERVISOR, PageState.DEFAULT):
+        return Fault(Vector.GP, 0, 0)
+    snp_state(machine).vm_hsave_pa = value
     return None

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sevlab.core.access import GPA_NONE, AccessKind
+from sevlab.core.access import ASP, GPA_NONE, AccessKind
 from sevlab.core.events import Fault
 from sevlab.core.memory import Memory
 from sevlab.core.paging import PfError
 from sevlab.core.svm import ExitCode, NpfError, Vector
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
+from sevlab.plugins.sev import sev_state
 from sevlab.plugins.sme import sme_state
 from sevlab.plugins.snp.layout import (
     ASID,
@@ -32,8 +33,8 @@ from sevlab.plugins.snp.layout import (
     SUBPAGE_COUNT,
     VALIDATED,
 )
-from sevlab.plugins.snp.rmp import BOOKKEEPING_BYTES, ENTRY_BYTES, PAIR
-from sevlab.plugins.snp.states import snp_state
+from sevlab.plugins.snp.rmp import BOOKKEEPING_BYTES, ENTRY_BYTES, PAIR, state_of
+from sevlab.plugins.snp.states import PageState, snp_state
 
 if TYPE_CHECKING:
     from sevlab.core.access import Actor
@@ -96,9 +97,10 @@ def not_validated(address: int) -> Fault:
 class RmpCheck:
     """The slot's function; `attach` gives it the machine."""
 
-    __slots__ = ("_memory", "_pages", "_sme", "_snp")
+    __slots__ = ("_machine", "_memory", "_pages", "_sme", "_snp")
 
     def __init__(self) -> None:
+        self._machine: Any = None
         self._sme: Any = None
         self._snp: Any = None
         self._memory: Any = None
@@ -106,6 +108,7 @@ class RmpCheck:
 
     def attach(self, machine: Machine) -> None:
         """Remember the machine that is being made."""
+        self._machine = machine
         self._sme = sme_state(machine)
         self._snp = snp_state(machine)
         self._memory = machine.memory
@@ -122,7 +125,9 @@ class RmpCheck:
             return None
         state = self._snp
         if gpa == GPA_NONE:
-            return self._host(state, spa) if kind & _WRITE else None
+            if not kind & _WRITE:
+                return None
+            return self._asp(spa) if actor is ASP else self._host(state, spa)
         vcpu: Any = actor
         if vcpu.vcpu_id not in state.vcpus:
             return self._hypervisor_owned(state, spa, gpa, kind) if kind & (_WRITE | _TABLE) else None
@@ -157,6 +162,17 @@ class RmpCheck:
         """
         words = self._words(state, (spa >> PAGE_SHIFT) * ENTRY_BYTES + state.rmp_base + BOOKKEEPING_BYTES)
         if words is None or not words[0] & ASSIGNED:
+            return None
+        return Fault(Vector.PF, int(PfError.P | PfError.W) | RMP_FAULT, spa)
+
+    def _asp(self, spa: int) -> Fault | None:
+        """What a command asks before the firmware writes to a page of the host's: it must be Firmware, or Default.
+
+        The fault is only a no: the command answers INVALID_PAGE_STATE. Source: AMD-ASPFW sev_uapp/src/sev_rmp.c.
+        """
+        if not sev_state(self._machine).snp_initialised:
+            return None
+        if state_of(self._machine, spa) in (PageState.FIRMWARE, PageState.DEFAULT):
             return None
         return Fault(Vector.PF, int(PfError.P | PfError.W) | RMP_FAULT, spa)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from sevlab.core.state import StateDict, Stateful, new
 from sevlab.core.statemachine import StateMachine
+from sevlab.plugins.snp.context import SnpPlatform
 from sevlab.plugins.snp.layout import ASID, ASSIGNED, GPA, IMMUTABLE, VALIDATED, VMSA
 
 if TYPE_CHECKING:
@@ -187,12 +188,19 @@ class SnpVcpu(Stateful):
     vmsa_spa: int = 0
 
 
+HWCR_SMM_LOCK = 1 << 0
+"""The platform's firmware sets it. Source: 24593, 15.32."""
+
+
 class SnpState(Stateful):
-    """The SNP side of the processor: the RMP's place, and which vCPUs are SNP-active."""
+    """The SNP side of the processor - the RMP's place, which vCPUs are SNP-active - and the firmware's context."""
 
     rmp_base: int = 0
     rmp_end: int = 0
+    hwcr: int = HWCR_SMM_LOCK
+    vm_hsave_pa: int = 0
     vcpus: StateDict[int, SnpVcpu] = new(StateDict)
+    platform: SnpPlatform = new(SnpPlatform)
 
 
 def snp_state(machine: Machine) -> SnpState:

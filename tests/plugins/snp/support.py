@@ -5,7 +5,9 @@ from __future__ import annotations
 from sevlab.core.config import GuestConfig
 from sevlab.core.events import HostMsr
 from sevlab.core.testing import make_machine
+from sevlab.plugins.sev import Command
 from sevlab.plugins.sme import SYSCFG, install_key
+from sevlab.plugins.snp import driver
 from sevlab.plugins.snp.layout import RmpState
 from sevlab.plugins.snp.records import RmpResult, RmpUpdate
 from sevlab.plugins.snp.rmp import initialize_rmp
@@ -40,3 +42,49 @@ def update(machine, spa, *, gpa=0, assigned=1, page_size=0, immutable=0, asid=0)
     """RAX of the RMPUPDATE."""
     state = RmpState.build(gpa=gpa, assigned=assigned, page_size=page_size, immutable=immutable, asid=asid)
     return machine.apply(RmpUpdate(spa, state)).first(RmpResult).rax
+
+
+def snp_machine(guests=1, *, memory=4 * MIB, vcpus=1, **settings):
+    """SNP initialised by the driver; nothing is launched yet."""
+    machine = make_machine(
+        "snp",
+        guests=tuple(GuestConfig(name=f"g{n}", memory_bytes=memory, vcpus=vcpus) for n in range(guests)),
+        memory_bytes=settings.pop("memory_bytes", 64 * MIB),
+        **settings,
+    )
+    driver.enable(machine)
+    machine.mark()
+    return machine
+
+
+def running(machine, vm_id=0, *, policy=driver.DEFAULT_POLICY, pages=(), **finish):
+    """A guest that was launched with `pages` and a VMSA for each vCPU."""
+    guest = driver.begin_launch(machine, vm_id, policy=policy)
+    for page in pages:
+        assert driver.load(machine, vm_id, guest, page) == 0
+    for vcpu_id in machine.hypervisor.vms[vm_id].vcpu_ids:
+        driver.load_vmsa(machine, vcpu_id, guest, VMSA)
+    driver.finish(machine, guest, **finish)
+    return guest
+
+
+VMSA = bytes(0x3B0) + (1).to_bytes(8, "little") + bytes(0x1000 - 0x3B8)
+
+
+def context(machine, guest):
+    """The firmware's context of a launched guest."""
+    return snp_state(machine).platform.guests[guest.gctx_spa]
+
+
+def ask(machine, guest, message, *, request_spa=None):
+    """(status, the bytes of the response page) of an SNP_GUEST_REQUEST with this message."""
+    pages = driver.pages(machine)
+    driver.put(machine, pages.input_spa, message.ljust(4096, b"\0"))
+    status = driver.run(
+        machine,
+        Command.SNP_GUEST_REQUEST,
+        gctx_spa=guest.gctx_spa,
+        request_spa=request_spa or pages.input_spa,
+        response_spa=pages.output_spa,
+    )
+    return status, driver.get(machine, pages.output_spa, 4096)

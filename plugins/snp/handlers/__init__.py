@@ -1,0 +1,1 @@
+"""What the SNP commands do, by kind of command."""
