@@ -14,7 +14,7 @@ from sevlab.core.access import CPL_USER, AccessKind
 from sevlab.core.cpu import INSN_BYTES_MAX, FaultUnwind, end_shadow, visible_registers
 from sevlab.core.svm import ExitCode, NpfError, Vector
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK
-from sevlab.plugins.io.bus import NPF_PRESENT, CannotServe, PlainBus, SevBus, map_back, window_at
+from sevlab.plugins.io.bus import NPF_PRESENT, CannotServe, PlainBus, SevBus, map_back
 from sevlab.plugins.io.coverage import refusal
 from sevlab.plugins.io.decode import Insn, Undecodable, decode, too_long
 from sevlab.plugins.io.emulate import Unsupported, execute
@@ -146,8 +146,3 @@ def reflect(machine: Machine, vcpu: Vcpu, exit_: CpuExit, fault: Fault) -> None:
     if fault.vector == Vector.PF:
         vcpu.system.cr2 = fault.address
     inject_exception(machine, vcpu, fault.vector, fault.error_code)
-
-
-def is_device(machine: Machine, gpa: int) -> bool:
-    """Whether a device answers at `gpa`."""
-    return window_at(machine, gpa) is not None
