@@ -1,0 +1,119 @@
+"""Time as Xen tells it: the clock in vcpu_info, runstates, timers and watchdogs.
+
+Source: Xen xen/arch/x86/time.c (update_vcpu_system_time), xen/common/sched/core.c, xen/include/public/vcpu.h.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sevlab.core.determinism import TSC_HZ
+from sevlab.plugins.xen.events import end_poll, raise_timer
+from sevlab.plugins.xen.frames import fetch, store
+from sevlab.plugins.xen.layout import VcpuInfo, VcpuRunstateInfo, VcpuRunstateInfo32, VcpuTimeInfo
+from sevlab.plugins.xen.numbers import SHUTDOWN_REASONS
+from sevlab.plugins.xen.state import Domain, RunState, XenVcpu, xen
+
+if TYPE_CHECKING:
+    from sevlab.core.machine import Machine
+
+NANOSECONDS = 1_000_000_000
+MASK63 = (1 << 63) - 1
+TIME_OFFSET = VcpuInfo.FIELDS["time"].offset
+TSC_STABLE = 1
+
+
+def now(machine: Machine) -> int:
+    """Nanoseconds since boot, from the time-stamp counter."""
+    return machine.tsc() * NANOSECONDS // TSC_HZ
+
+
+def scale(hz: int) -> tuple[int, int]:
+    """(tsc_to_system_mul, tsc_shift as a byte) of a counter of `hz`. Source: xen/arch/x86/time.c, set_time_scale."""
+    shift, half = 0, hz
+    while half > NANOSECONDS * 2:
+        half >>= 1
+        shift -= 1
+    low = half & 0xFFFF_FFFF
+    while low <= NANOSECONDS:
+        low <<= 1
+        shift += 1
+    return (NANOSECONDS << 32) // low, shift & 0xFF
+
+
+MULTIPLIER, SHIFT = scale(TSC_HZ)
+
+
+def time_info(machine: Machine, clock_version: int) -> bytes:
+    """vcpu_time_info for this moment."""
+    return VcpuTimeInfo.build(
+        time_version=clock_version & 0xFFFF_FFFE,
+        tsc_timestamp=machine.tsc() & (1 << 64) - 1,
+        system_time=now(machine) & (1 << 64) - 1,
+        tsc_to_system_mul=MULTIPLIER,
+        tsc_shift=SHIFT,
+        flags=TSC_STABLE,
+    )
+
+
+def update_time(machine: Machine, vcpu: XenVcpu) -> None:
+    """Write the clock where the vCPU reads it: vcpu_info, and the area it registered by physical address. An area
+    registered by linear address is written with the copy that its registration made."""
+    for spa in (vcpu.info_spa + TIME_OFFSET if vcpu.info_spa else 0, vcpu.time_spa):
+        if spa:
+            before = int.from_bytes(fetch(machine, spa, 4), "little")
+            store(machine, spa, time_info(machine, before + 2))
+
+
+def runstate(machine: Machine, domain: Domain, vcpu: XenVcpu) -> bytes:
+    """vcpu_runstate_info, with the time in the present state counted up to now."""
+    moment = now(machine)
+    times = list(vcpu.times)
+    times[vcpu.run_state] += moment - vcpu.entered
+    layout = VcpuRunstateInfo32 if domain.narrow else VcpuRunstateInfo
+    return layout.build(
+        state=int(vcpu.run_state),
+        state_entry_time=vcpu.entered & MASK63,
+        time=tuple(value & (1 << 64) - 1 for value in times),
+    )
+
+
+def change_runstate(machine: Machine, domain: Domain, vcpu: XenVcpu, state: RunState) -> None:
+    """The vCPU runs, waits, or is off from now on."""
+    if vcpu.run_state is state:
+        return
+    moment = now(machine)
+    times = list(vcpu.times)
+    times[vcpu.run_state] += moment - vcpu.entered
+    vcpu.times = (times[0], times[1], times[2], times[3])
+    vcpu.entered, vcpu.run_state = moment, state
+    if vcpu.runstate_spa:
+        store(machine, vcpu.runstate_spa, runstate(machine, domain, vcpu))
+
+
+def tick(machine: Machine) -> None:
+    """Let everything happen that is due."""
+    moment = now(machine)
+    for domain in xen(machine).domains.values():
+        for vcpu in domain.vcpus:
+            if vcpu.singleshot and moment >= vcpu.singleshot:
+                vcpu.singleshot = 0
+                raise_timer(machine, domain, vcpu)
+            if vcpu.period and moment >= vcpu.next_period:
+                missed = (moment - vcpu.next_period) // vcpu.period
+                vcpu.next_period += (missed + 1) * vcpu.period
+                raise_timer(machine, domain, vcpu)
+            if vcpu.polling is not None and vcpu.poll_until and moment >= vcpu.poll_until:
+                end_poll(machine, vcpu)
+        if any(moment >= due for due in domain.watchdogs.values()):
+            domain.watchdogs.clear()
+            shut_down(machine, domain, SHUTDOWN_REASONS.index("watchdog"))
+
+
+def shut_down(machine: Machine, domain: Domain, reason: int) -> None:
+    """End a domain; the first reason counts."""
+    if domain.shutdown_code is None:
+        domain.shutdown_code = reason
+    name = SHUTDOWN_REASONS[reason] if reason < len(SHUTDOWN_REASONS) else f"reason {reason}"
+    if not machine.hypervisor.vms[domain.vm_id].stopped:
+        machine.hypervisor.stop(machine, domain.vm_id, f"SCHEDOP_shutdown: {name}")

@@ -1,0 +1,315 @@
+"""vcpu_op. Source: Xen xen/common/domain.c (common_vcpu_op, map_guest_area), xen/arch/x86/domain.c (do_vcpu_op),
+xen/arch/x86/hvm/domain.c (arch_set_info_hvm_guest)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sevlab.core.cpu import CONTROL_SEV_ES
+from sevlab.core.paging import CR0_PG, CR4_PAE, EFER_LME
+from sevlab.core.svm import EventType, event
+from sevlab.core.units import PAGE_MASK, PAGE_SHIFT
+from sevlab.plugins.xen import clock, events
+from sevlab.plugins.xen.arguments import (
+    Area,
+    ContextPage,
+    PeriodicTimer,
+    RegisterVcpuInfo,
+    Shape,
+    SingleshotTimer,
+    SingleshotTimer32,
+    VcpuHvmContext,
+)
+from sevlab.plugins.xen.call import Abi, Call
+from sevlab.plugins.xen.frames import fetch, may_write, page_of, store
+from sevlab.plugins.xen.layout import VCPU_INFO_BYTES, VcpuRunstateInfo, VcpuRunstateInfo32, VcpuTimeInfo
+from sevlab.plugins.xen.numbers import Errno, Vcpuop
+from sevlab.plugins.xen.operations import FAST_REGISTERS, Operation, run_operation, signed
+from sevlab.plugins.xen.state import RunState, XenVcpu
+
+MODE_64 = 1
+FLAT_64, FLAT_DATA = 0xA9B, 0xC93
+RFLAGS_KEPT = 0x003F_7FD5
+MILLISECOND = 1_000_000
+MAX_PERIOD = (1 << 62) - 1
+"""STIME_DELTA_MAX. Source: xen/include/xen/time.h."""
+NOWHERE = (1 << 64) - 1
+"""An area's address that only takes the registration back."""
+NMI_VECTOR = 2
+
+
+def target(call: Call) -> XenVcpu:
+    """The vCPU that the call names; `vcpu_op` has looked."""
+    return call.domain.vcpus[call.args[1]]
+
+
+# Life -------------------------------------------------------------------------------------------------------------
+
+
+def initialise(call: Call, a: Any) -> int:
+    """Give a vCPU its first registers; it stays down. Only the 64-bit form is modelled: 32-bit is EOPNOTSUPP. So is a
+    vCPU whose registers are encrypted: they were set and measured before it ran (UNVERIFIED: no such Xen exists)."""
+    vcpu = target(call)
+    if call.machine.vcpus[vcpu.vcpu_id].vmcb.encryption_control & CONTROL_SEV_ES:
+        return -Errno.EOPNOTSUPP
+    if vcpu.initialised:
+        return -Errno.EEXIST
+    if a.pad or a.mode > MODE_64:
+        return -Errno.EINVAL
+    if a.mode != MODE_64:
+        return -Errno.EOPNOTSUPP
+    if signed(a.rip >> 47, 17) not in (0, -1):
+        return -Errno.EINVAL
+    if not a.cr0 & CR0_PG or not a.cr4 & CR4_PAE or not a.efer & EFER_LME:
+        return -Errno.EINVAL
+    real = call.machine.vcpus[vcpu.vcpu_id]
+    for name in ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip"):
+        setattr(real.regs, name, getattr(a, name))
+    real.regs.rflags = a.rflags & RFLAGS_KEPT | 2
+    system = real.system
+    system.cr0, system.cr3, system.cr4, system.efer = a.cr0 | 1, a.cr3, a.cr4, a.efer | 1 << 12
+    system.cpl = 0
+    system.cs = (0, FLAT_64, 0xFFFF_FFFF, 0)
+    system.ds = system.ss = system.es = (0, FLAT_DATA, 0xFFFF_FFFF, 0)
+    system.tr = (0, 0x8B, 0x67, 0)
+    vcpu.initialised = True
+    return 0
+
+
+def up(call: Call, _argument: Any) -> int:
+    """Let a vCPU run."""
+    vcpu = target(call)
+    if not vcpu.initialised:
+        return -Errno.EINVAL
+    if vcpu.down:
+        vcpu.down = False
+        call.machine.vcpus[vcpu.vcpu_id].halted = False
+        clock.change_runstate(call.machine, call.domain, vcpu, RunState.RUNNABLE)
+    return 0
+
+
+def down(call: Call, _argument: Any) -> int:
+    """Stop a vCPU; the last one down ends the domain."""
+    vcpu = target(call)
+    if not any(other is not vcpu and not other.down for other in call.domain.vcpus):
+        clock.shut_down(call.machine, call.domain, 0)
+        return 0
+    if not vcpu.down:
+        vcpu.down = True
+        call.machine.vcpus[vcpu.vcpu_id].halted = True
+        clock.change_runstate(call.machine, call.domain, vcpu, RunState.OFFLINE)
+    return 0
+
+
+def is_up(call: Call, _argument: Any) -> int:
+    """Whether a vCPU may run."""
+    return int(not target(call).down)
+
+
+def send_nmi(call: Call, handle: int) -> int:
+    """Raise an NMI."""
+    if handle and call.abi is not Abi.FAST:
+        return -Errno.EINVAL
+    vcpu = target(call)
+    real = call.machine.vcpus[vcpu.vcpu_id]
+    vcpu.nmi_pending = True
+    if not vcpu.down:
+        real.halted = False
+    return 0
+
+
+def inject_nmi(vcpu: XenVcpu, event_inj: int) -> int:
+    """The EVENTINJ word of a vCPU that enters: its NMI, if one waits and nothing else is being injected."""
+    if not vcpu.nmi_pending or event_inj >> 31 & 1:
+        return event_inj
+    vcpu.nmi_pending = False
+    return event(NMI_VECTOR, EventType.NMI)
+
+
+def get_physid(call: Call, _argument: Any) -> int:
+    """Only a pinned hardware domain may know its processors."""
+    return -Errno.EINVAL
+
+
+# Timers -----------------------------------------------------------------------------------------------------------
+
+
+def set_periodic(call: Call, a: Any) -> int:
+    """Start the periodic timer: a millisecond at least."""
+    if not MILLISECOND <= a.period_ns <= MAX_PERIOD:
+        return -Errno.EINVAL
+    vcpu = target(call)
+    vcpu.period, vcpu.next_period = a.period_ns, clock.now(call.machine) + a.period_ns
+    return 0
+
+
+def stop_periodic(call: Call, _argument: Any) -> int:
+    """Stop it."""
+    target(call).period = 0
+    return 0
+
+
+def set_singleshot(call: Call, a: Any) -> int:
+    """Start one's own singleshot timer; one that lies in the past fires at once."""
+    vcpu = target(call)
+    if a.timeout_abs_ns < clock.now(call.machine):
+        vcpu.singleshot = 0
+        events.raise_timer(call.machine, call.domain, vcpu)
+    else:
+        vcpu.singleshot = a.timeout_abs_ns
+    return 0
+
+
+def stop_singleshot(call: Call, _argument: Any) -> int:
+    """Stop one's own singleshot timer."""
+    if target(call) is not call.me:
+        return -Errno.EINVAL
+    call.me.singleshot = 0
+    return 0
+
+
+# Areas ------------------------------------------------------------------------------------------------------------
+
+
+def area_spa(call: Call, gpa: int, length_bytes: int) -> int:
+    """SPA of an area at guest-physical `gpa`, or a negated `Errno`: ENXIO across a page or misaligned, EINVAL where
+    no page is, EACCES where Xen may not write (a page that the RMP gives to the guest: UNVERIFIED)."""
+    if gpa >> PAGE_SHIFT != gpa + length_bytes - 1 >> PAGE_SHIFT or gpa % call.long_bytes:
+        return -Errno.ENXIO
+    spa = page_of(call.machine, call.domain, gpa >> PAGE_SHIFT)
+    if spa is None:
+        return -Errno.EINVAL
+    return spa + (gpa & PAGE_MASK) if may_write(call.machine, spa) else -Errno.EACCES
+
+
+def register_vcpu_info(call: Call, a: Any) -> int:
+    """Move vcpu_info to a page of the guest's, once; it gets an upcall so that nothing is lost."""
+    vcpu = target(call)
+    gpa = (a.mfn << PAGE_SHIFT) + a.page_offset
+    if gpa >> 64 or gpa >> PAGE_SHIFT != a.mfn:
+        return -Errno.EINVAL
+    if vcpu.info_registered:
+        return -Errno.EBUSY
+    spa = area_spa(call, gpa, VCPU_INFO_BYTES)
+    if spa < 0:
+        return spa
+    machine = call.machine
+    if vcpu.info_spa:
+        store(machine, spa, fetch(machine, vcpu.info_spa, VCPU_INFO_BYTES))
+    vcpu.info_spa, vcpu.info_registered = spa, True
+    offset, ones = (4, b"\xff" * 4) if call.domain.narrow else (8, b"\xff" * 8)
+    store(machine, spa + offset, ones)
+    events.mark_events_pending(machine, call.domain, vcpu)
+    clock.update_time(machine, vcpu)
+    return 0
+
+
+def get_runstate(call: Call, handle: int) -> int:
+    """Copy the runstate out."""
+    data = clock.runstate(call.machine, call.domain, target(call))
+    return 0 if call.copy_out(handle, data) else -Errno.EFAULT
+
+
+def register_runstate_linear(call: Call, a: Any) -> int:
+    """Register the runstate area by linear address; that it cannot be written is no error."""
+    vcpu = target(call)
+    vcpu.runstate_gva = a.addr
+    call.copy_out(a.addr, clock.runstate(call.machine, call.domain, vcpu))
+    return 0
+
+
+def register_runstate_physical(call: Call, a: Any) -> int:
+    """Register the runstate area by guest-physical address."""
+    vcpu = target(call)
+    if a.addr == NOWHERE:
+        vcpu.runstate_spa = 0
+        return 0
+    spa = area_spa(call, a.addr, VcpuRunstateInfo.SIZE)
+    if spa < 0:
+        return spa
+    vcpu.runstate_spa = spa
+    store(call.machine, spa, clock.runstate(call.machine, call.domain, vcpu))
+    return 0
+
+
+def register_time_linear(call: Call, a: Any) -> int:
+    """Register another place for the clock by linear address."""
+    target(call).time_gva = a.addr
+    call.copy_out(a.addr, clock.time_info(call.machine, 2))
+    return 0
+
+
+def register_time_physical(call: Call, a: Any) -> int:
+    """Register another place for the clock by guest-physical address."""
+    vcpu = target(call)
+    if a.addr == NOWHERE:
+        vcpu.time_spa = 0
+        return 0
+    spa = area_spa(call, a.addr, VcpuTimeInfo.SIZE)
+    if spa < 0:
+        return spa
+    vcpu.time_spa = spa
+    clock.update_time(call.machine, vcpu)
+    return 0
+
+
+# FastABI ----------------------------------------------------------------------------------------------------------
+
+
+def fast_initialise(call: Call, a: Any) -> int:
+    """The context lies in a page by frame number."""
+    spa = page_of(call.machine, call.domain, a.gfn)
+    if spa is None:
+        return -Errno.EINVAL
+    return initialise(call, VcpuHvmContext.from_bytes(fetch(call.machine, spa, VcpuHvmContext.SIZE)))
+
+
+def fast_runstate(call: Call, _argument: Any) -> int:
+    """State, entry time and the four times in registers 2 to 7."""
+    layout = VcpuRunstateInfo32 if call.domain.narrow else VcpuRunstateInfo
+    info: Any = layout.from_bytes(clock.runstate(call.machine, call.domain, target(call)))
+    for number, value in enumerate((info.state, info.state_entry_time, *info.time), start=2):
+        setattr(call.frame.registers, FAST_REGISTERS[number], value)
+        call.frame.written.add(FAST_REGISTERS[number])
+    return 0
+
+
+OPERATIONS: dict[int, Operation] = {
+    Vcpuop.INITIALISE: Operation(initialise, VcpuHvmContext),
+    Vcpuop.UP: Operation(up, fast=()),
+    Vcpuop.DOWN: Operation(down, fast=()),
+    Vcpuop.IS_UP: Operation(is_up, fast=()),
+    Vcpuop.GET_RUNSTATE_INFO: Operation(get_runstate),
+    Vcpuop.REGISTER_RUNSTATE_MEMORY_AREA: Operation(register_runstate_linear, Area),
+    Vcpuop.SET_PERIODIC_TIMER: Operation(set_periodic, PeriodicTimer, (), (("period_ns", 3),)),
+    Vcpuop.STOP_PERIODIC_TIMER: Operation(stop_periodic, fast=()),
+    Vcpuop.SET_SINGLESHOT_TIMER: Operation(
+        set_singleshot, Shape(SingleshotTimer, SingleshotTimer32), (), (("timeout_abs_ns", 3), ("flags", 4))
+    ),
+    Vcpuop.STOP_SINGLESHOT_TIMER: Operation(stop_singleshot, fast=()),
+    Vcpuop.REGISTER_VCPU_INFO: Operation(
+        register_vcpu_info, RegisterVcpuInfo, (), (("mfn", 3), ("page_offset", 4))
+    ),
+    Vcpuop.SEND_NMI: Operation(send_nmi, fast=()),
+    Vcpuop.GET_PHYSID: Operation(get_physid, fast=()),
+    Vcpuop.REGISTER_VCPU_TIME_MEMORY_AREA: Operation(register_time_linear, Area),
+    Vcpuop.REGISTER_RUNSTATE_PHYS_AREA: Operation(register_runstate_physical, Area, (), (("addr", 3),)),
+    Vcpuop.REGISTER_VCPU_TIME_PHYS_AREA: Operation(register_time_physical, Area, (), (("addr", 3),)),
+}
+FAST_OPERATIONS: dict[int, Operation] = {
+    **OPERATIONS,
+    Vcpuop.GET_RUNSTATE_INFO: Operation(fast_runstate, fast=()),
+    Vcpuop.INITIALISE: Operation(fast_initialise, ContextPage, (), (("gfn", 3),)),
+}
+
+
+def vcpu_op(call: Call) -> int:
+    """vcpu_op(cmd, vcpuid, ptr)."""
+    if call.abi is Abi.FAST:
+        call.args = (call.args[0], call.frame.registers.rsi & 0xFFFF_FFFF, 0)
+    command, index, handle = call.args
+    if index >= len(call.domain.vcpus):
+        return -Errno.ENOENT
+    if command == Vcpuop.SET_SINGLESHOT_TIMER and target(call) is not call.me:
+        return -Errno.EINVAL
+    return run_operation(call, FAST_OPERATIONS if call.abi is Abi.FAST else OPERATIONS, command, handle)

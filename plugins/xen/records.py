@@ -1,0 +1,70 @@
+"""Records of the hypercall boundary."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sevlab.core.vocabulary import Boundary, Checked, Derived, Input, outcome, step
+
+
+@step("xen.call", Boundary.HYPERCALL)
+class HypercallStep(NamedTuple):
+    """A guest puts `number` and the arguments into the registers of its ABI and executes VMMCALL, again while the call
+    is preempted. FastABI takes seven arguments, the others five."""
+
+    vcpu: Input[int]
+    number: Input[int]
+    a1: Input[int]
+    a2: Input[int]
+    a3: Input[int]
+    a4: Input[int]
+    a5: Input[int]
+    a6: Input[int]
+    a7: Input[int]
+
+
+@outcome("xen.called", Boundary.HYPERCALL)
+class Hypercalled(NamedTuple):
+    """Xen served a hypercall: `result` as 64 bits, or the call was preempted and the guest will repeat it."""
+
+    vcpu: Derived[int]
+    number: Checked[int]
+    abi: Checked[str]
+    result: Checked[int]
+    preempted: Checked[bool]
+
+
+@outcome("xen.upcall", Boundary.HYPERCALL)
+class Upcall(NamedTuple):
+    """An event became visible to a vCPU: its upcall flag went from 0 to 1."""
+
+    vcpu: Checked[int]
+
+
+@step("xen.console", Boundary.DEVICE)
+class ConsoleInput(NamedTuple):
+    """The backend puts bytes into a domain's console ring, takes what the domain wrote, and notifies it."""
+
+    domid: Input[int]
+    data: Input[bytes]
+
+
+@outcome("xen.console-output", Boundary.DEVICE)
+class ConsoleOutput(NamedTuple):
+    """What the backend found in a domain's console ring."""
+
+    domid: Derived[int]
+    data: Checked[bytes]
+
+
+@step("xen.backend", Boundary.SCHEDULER)
+class BackendEvent(NamedTuple):
+    """A device model or another part of Xen raises a domain's VIRQ, GSI or PIRQ: `kind` is one of these words."""
+
+    domid: Input[int]
+    kind: Input[str]
+    number: Input[int]
+    vcpu: Input[int]
+
+
+RECORDS = (HypercallStep, Hypercalled, Upcall, ConsoleInput, ConsoleOutput, BackendEvent)
