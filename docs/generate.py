@@ -27,6 +27,10 @@ TABLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("Which event is served how", "sevlab.plugins.io.feasibility:markdown_table"),
         ("Registers of the devices", "sevlab.plugins.io.devices.board:markdown_tables"),
     ),
+    "xen": (
+        ("Hypercalls", "sevlab.plugins.xen.hypercalls.table:markdown_table"),
+        ("Which call survives encryption", "sevlab.plugins.xen.assess:markdown_table"),
+    ),
 }
 """By plugin: title and `module:function` of each table of its own, made from its data."""
 

@@ -3,8 +3,8 @@
 Documents: Xen public headers and sources of 4.22-dev (c447b7308b); what a guest is told is 4.17. The physical-address
 ABI, FastABI and coco_op are Vates's series, not upstream.
 
-What you may touch: `HypercallEntry` and `Call` (to replace a hypercall by number), `HvContext`, `VpMask` and friends (to
-replace a Hyper-V call under `HYPERV_FLAG | code`), `xen`, `Domain` (state), `guest.XenGuest` (a scripted guest),
+What you may touch: `HypercallEntry` and `Call` (to replace a hypercall by number), `HvContext`, `VpMask` and friends
+(to replace a Hyper-V call under `HYPERV_FLAG | code`), `xen`, `Domain` (state), `guest.XenGuest` (a scripted guest),
 `SURVIVAL` (which hypercall survives encryption), and the numbers.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sevlab.core.cliapi import DemoChapter
 from sevlab.core.hookspecs import hookimpl
 from sevlab.plugins.xen import domains, events, hyperv
-from sevlab.plugins.xen.arguments import argument_layouts
+from sevlab.plugins.xen.arguments import LAYOUTS as ARGUMENT_LAYOUTS
 from sevlab.plugins.xen.assess import SURVIVAL, Fate, Survival, survival
 from sevlab.plugins.xen.call import Abi, Call
 from sevlab.plugins.xen.discovery import Discovery, hypercall_page
@@ -30,11 +30,11 @@ from sevlab.plugins.xen.numbers import (
     HYPERV_FLAG,
     Errno,
     Evtchnop,
-    Gnttabop,
     Gntst,
+    Gnttabop,
     HvCall,
-    HvStatus,
     Hvmop,
+    HvStatus,
     Memop,
     Nr,
     Schedop,
@@ -77,8 +77,8 @@ __all__ = [
     "Errno",
     "Evtchnop",
     "Fate",
-    "Gnttabop",
     "Gntst",
+    "Gnttabop",
     "HvCall",
     "HvContext",
     "HvInput",
@@ -110,9 +110,7 @@ def sevlab_register(builder: PluginBuilder) -> None:
     settings = settings_of(builder.options)
     builder.component(XenState())
     builder.slot("hypercall", Owner(settings))
-    builder.slot(
-        "direct_interrupt", lambda machine, vcpu: events.direct_interrupt(machine, vcpu, domain_of(machine, vcpu))
-    )
+    builder.slot("direct_interrupt", events.direct_interrupt)
     for number, entry in TABLE.items():
         builder.hypercalls.add(number, entry)
     for code, handler in hyperv.CALLS.items():
@@ -134,7 +132,7 @@ def sevlab_records() -> tuple[type, ...]:
 
 @hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return (*LAYOUTS, *argument_layouts())
+    return (*LAYOUTS, *ARGUMENT_LAYOUTS)
 
 
 @hookimpl
@@ -160,5 +158,10 @@ def sevlab_state_counters() -> tuple[StateCounter, ...]:
 @hookimpl
 def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
     return (
-        DemoChapter("xen", "Xen: one guest, three hypercall ABIs, with and without encryption", 60, "sevlab.plugins.xen.demo:chapter"),
+        DemoChapter(
+            "xen",
+            "Xen: one guest, three hypercall ABIs, with and without encryption",
+            60,
+            "sevlab.plugins.xen.demo:chapter",
+        ),
     )

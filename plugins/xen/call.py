@@ -41,23 +41,36 @@ class Abi(Enum):
 
 class Call:
     """A hypercall under way. `args` are up to five numbers, cut to the caller's width; handlers return 0 or more, or
-    a negated `Errno`."""
+    a negated `Errno`.
+    """
 
-    __slots__ = ("abi", "args", "continuation", "debug_build", "domain", "frame", "in_multicall", "left", "machine", "me", "narrow",
-                 "number", "vcpu")  # fmt: skip
+    __slots__ = (
+        "abi",
+        "args",
+        "continuation",
+        "debug_build",
+        "domain",
+        "frame",
+        "in_multicall",
+        "left",
+        "machine",
+        "me",
+        "narrow",
+        "number",
+        "vcpu",
+    )
 
-    def __init__(
+    def __init__(  # positional: made at every hypercall
         self,
         machine: Machine,
         vcpu: Vcpu,
         domain: Domain,
         me: XenVcpu,
-        *,
         frame: HypercallFrame,
         abi: Abi,
-        narrow: bool,
+        narrow: bool,  # noqa: FBT001
         left: int,
-        debug_build: bool = False,
+        debug_build: bool,  # noqa: FBT001
     ) -> None:
         self.machine = machine
         self.vcpu = vcpu
@@ -77,7 +90,8 @@ class Call:
 
     def preempt_check(self) -> bool:
         """Whether something more urgent waits: after `left` pieces of work. A FastABI call has nowhere to keep its
-        progress and is never preempted here."""
+        progress and is never preempted here.
+        """
         if self.abi is Abi.FAST:
             return False
         self.left -= 1
@@ -95,11 +109,11 @@ class Call:
             self.vcpu,
             self.domain,
             self.me,
-            frame=self.frame,
-            abi=self.abi,
-            narrow=self.narrow,
-            left=self.left,
-            debug_build=self.debug_build,
+            self.frame,
+            self.abi,
+            self.narrow,
+            self.left,
+            self.debug_build,
         )
         sub.number = number
         sub.in_multicall = True
@@ -152,7 +166,9 @@ class Call:
             return None if spa is None else fetch(self.machine, spa, length_bytes)
         if length_bytes > MAX_COPY_BYTES:
             return None
-        places = [(self._place(start & MASK64, write=False), count) for start, count in split_pages(handle, length_bytes)]
+        places = [
+            (self._place(start & MASK64, write=False), count) for start, count in split_pages(handle, length_bytes)
+        ]
         if any(spa is None for spa, _ in places):
             return None
         return b"".join(fetch(self.machine, spa, count) for spa, count in places if spa is not None)

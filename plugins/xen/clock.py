@@ -58,7 +58,8 @@ def time_info(machine: Machine, clock_version: int) -> bytes:
 
 def update_time(machine: Machine, vcpu: XenVcpu) -> None:
     """Write the clock where the vCPU reads it: vcpu_info, and the area it registered by physical address. An area
-    registered by linear address is written with the copy that its registration made."""
+    registered by linear address is written with the copy that its registration made.
+    """
     for spa in (vcpu.info_spa + TIME_OFFSET if vcpu.info_spa else 0, vcpu.time_spa):
         if spa:
             before = int.from_bytes(fetch(machine, spa, 4), "little")

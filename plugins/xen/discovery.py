@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.builder import Msr
+from sevlab.core.cpu import CONTROL_SEV_ES
 from sevlab.core.determinism import TSC_HZ
 from sevlab.core.events import Fault
 from sevlab.core.hypercall import CodeMode, code_mode
-from sevlab.core.cpu import CONTROL_SEV_ES
 from sevlab.core.svm import Vector
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 from sevlab.plugins.xen.clock import MULTIPLIER, SHIFT
@@ -57,7 +57,11 @@ def hypercall_page(vendor: str = "AMD") -> bytes:
     """The page as Xen builds it: for each number `mov eax, number`, the vendor's instruction, `ret`; all else INT3."""
     page = bytearray(b"\xcc" * PAGE_BYTES)
     for number in range(STUBS):
-        stub = NO_STUB if number == Nr.IRET else b"\xb8" + number.to_bytes(4, "little") + CALL_INSTRUCTION[vendor] + b"\xc3"
+        stub = (
+            NO_STUB
+            if number == Nr.IRET
+            else b"\xb8" + number.to_bytes(4, "little") + CALL_INSTRUCTION[vendor] + b"\xc3"
+        )
         page[number * STUB_BYTES : number * STUB_BYTES + len(stub)] = stub
     return bytes(page)
 
@@ -148,7 +152,8 @@ class Discovery:
 
     def write_page(self, machine: Machine, vcpu: Vcpu | None, _number: int, value: int) -> Fault | None:
         """Fill the page at bits 63:12; bits 11:0 are its index, and there is one. Latches the layout of shared_info,
-        where the mode of the caller can be seen."""
+        where the mode of the caller can be seen.
+        """
         domain = None if vcpu is None else domain_of(machine, vcpu)
         if domain is None or vcpu is None or value & PAGE_MASK:
             return GP

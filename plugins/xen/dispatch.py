@@ -6,7 +6,8 @@ Source: Xen xen/arch/x86/hvm/hypercall.c (hvm_hypercall), xen/arch/x86/include/a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.hypercall import CodeMode, HypercallEnd, HypercallFrame
@@ -17,10 +18,10 @@ from sevlab.plugins.xen.numbers import ABI_FLAG, HYPERV_FLAG, Errno
 from sevlab.plugins.xen.operations import FAST_REGISTERS
 from sevlab.plugins.xen.records import Hypercalled
 from sevlab.plugins.xen.settings import AltAbi, Settings
-from sevlab.plugins.xen.state import Domain, XenVcpu, domain_of
+from sevlab.plugins.xen.state import domain_of
 
 if TYPE_CHECKING:
-    from sevlab.core.cpu import Vcpu
+    from sevlab.core.cpu import Registers, Vcpu
     from sevlab.core.machine import Machine
 
 ARGUMENTS_64 = ("rdi", "rsi", "rdx", "r10", "r8")
@@ -53,7 +54,115 @@ class HypercallEntry(NamedTuple):
             return ARGUMENTS_32[: len(self.widths) + self.split]
         return ARGUMENTS_64[: len(self.widths)]
 
-    def resume(call: Call, names: tuple[str, ...], flag: int) -> None:
+    def cut(self, values: tuple[int, ...], *, narrow: bool) -> tuple[int, ...]:
+        """Arguments from what the registers or a multicall entry hold, each cut to its declared width; those that
+        FastABI keeps in other registers are 0.
+        """
+        if narrow and self.split:
+            return (values[0] | values[1] << 32,)
+        widths = self.widths
+        if len(values) < len(widths):
+            values += (0,) * (len(widths) - len(values))
+        return tuple([value & (1 << bits) - 1 if bits else value for value, bits in zip(values, widths, strict=False)])
+
+
+class Compiled(NamedTuple):
+    """How a number of one width is served: what `_compile` found out."""
+
+    entry: HypercallEntry
+    abi: Abi
+    flag: int
+    names: tuple[str, ...]
+    values_of: Callable[[Registers], tuple[int, ...]]
+
+
+class Owner:
+    """The function in the slot `hypercall`, with the machine's settings at hand."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._compiled: dict[tuple[int, bool], Compiled] = {}
+
+    def __call__(self, machine: Machine, vcpu: Vcpu, frame: HypercallFrame) -> HypercallEnd:
+        """Serve one VMMCALL."""
+        registers = frame.registers
+        if frame.missing("rax"):
+            return HypercallEnd.MISSING_INPUT
+        narrow = frame.mode is not CodeMode.BITS_64
+        if narrow:
+            for name in CLIPPED:
+                value = getattr(registers, name)
+                if value >> 32:
+                    setattr(registers, name, value & MASK32)
+        number = registers.rax
+        if frame.mode is not CodeMode.REAL and (frame.cpl or frame.mode is CodeMode.VM86):
+            return answer(frame, -Errno.EPERM, narrow=narrow)
+        domain = domain_of(machine, vcpu)
+        if domain is None:
+            return answer(frame, -Errno.ENOSYS, narrow=narrow)
+        if number & HYPERV_FLAG and self._settings.viridian:
+            return hyperv.serve(machine, vcpu, domain, frame)
+        compiled = self._compiled.get((number, narrow))
+        if compiled is None:
+            compiled = self._compile(machine, number, narrow=narrow)
+            if compiled is None:
+                return _refuse(machine, vcpu, frame, number, narrow=narrow)
+        entry, abi, flag, names, values_of = compiled
+        if frame.given is not None and frame.missing(*names):
+            return HypercallEnd.MISSING_INPUT
+        settings = self._settings
+        me = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id]
+        call = Call(machine, vcpu, domain, me, frame, abi, narrow, settings.preempt_after, settings.debug_build)
+        call.number = number & ~flag
+        call.args = values_of(registers)
+        result = entry.run(call)
+        if call.continuation is not None:
+            resume(call, ARGUMENTS_32 if narrow else ARGUMENTS_64, flag)
+            machine.emit(Hypercalled(vcpu.vcpu_id, call.number, abi.value, 0, True))
+            return HypercallEnd.PREEMPTED
+        if settings.debug_build and abi is not Abi.FAST and result != -Errno.ENOSYS:
+            for name in names:
+                setattr(registers, name, POISON & call.mask)
+                frame.written.add(name)
+        machine.emit(Hypercalled(vcpu.vcpu_id, call.number, abi.value, result & MASK64, False))
+        return answer(frame, result, narrow=narrow)
+
+    def _compile(self, machine: Machine, number: int, *, narrow: bool) -> Compiled | None:
+        """What serves a number, kept from the first time on; None when nothing does."""
+        abi, flag = self._abi(number, narrow=narrow)
+        entry = machine.tables.hypercalls.get(number & ~flag)
+        if not isinstance(entry, HypercallEntry) or (abi is Abi.FAST and not entry.fast):
+            return None
+        names = entry.names(abi, narrow=narrow)
+        getter = attrgetter(*names, "rax")  # one name more, so that a single argument comes as a tuple too
+        compiled = Compiled(entry, abi, flag, names, lambda registers: entry.cut(getter(registers)[:-1], narrow=narrow))
+        self._compiled[number, narrow] = compiled
+        return compiled
+
+    def _abi(self, number: int, *, narrow: bool) -> tuple[Abi, int]:
+        """The ABI that bit 30 asks for, and the bit when it is one; where none is offered it is part of the number."""
+        if number & ABI_FLAG:
+            if self._settings.alt_abi is AltAbi.PHYSICAL:
+                return Abi.PHYSICAL, ABI_FLAG
+            if self._settings.alt_abi is AltAbi.FAST and not narrow:
+                return Abi.FAST, ABI_FLAG
+        return Abi.LEGACY, 0
+
+
+def _refuse(machine: Machine, vcpu: Vcpu, frame: HypercallFrame, number: int, *, narrow: bool) -> HypercallEnd:
+    """There is no such hypercall, or not in this ABI; the argument registers stay."""
+    machine.emit(Hypercalled(vcpu.vcpu_id, number & MASK64, "", -Errno.ENOSYS & MASK64, False))
+    return answer(frame, -Errno.ENOSYS, narrow=narrow)
+
+
+def answer(frame: HypercallFrame, result: int, *, narrow: bool) -> HypercallEnd:
+    """Put the result into RAX."""
+    frame.registers.rax = result & (MASK32 if narrow else MASK64)
+    frame.written.add("rax")
+    return HypercallEnd.COMPLETED
+
+
+def resume(call: Call, names: tuple[str, ...], flag: int) -> None:
     """Put a continuation's number and arguments into the registers, as the caller's ABI has them."""
     assert call.continuation is not None
     number, args = call.continuation

@@ -77,7 +77,8 @@ def _vcpu(index: int, vcpu_id: int, shared_info: int) -> XenVcpu:
 
 def _rings(machine: Machine, vm: Vm, domain: Domain) -> None:
     """The rings that the toolstack prepares before launch, in pages that it must leave out of the encryption. Their
-    channels are Xen's own ends here: the model plays the backends."""
+    channels are Xen's own ends here: the model plays the backends.
+    """
     first_gfn = (vm.memory_bytes - SPECIAL_PAGES_FROM_END * PAGE_BYTES) // PAGE_BYTES
     if first_gfn <= 0:
         return
@@ -86,9 +87,7 @@ def _rings(machine: Machine, vm: Vm, domain: Domain) -> None:
     for gfn in (first_gfn, first_gfn + 1):
         store(machine, vm.memory_spa + gfn * PAGE_BYTES, bytes(PAGE_BYTES))
     for port in (XENSTORE_PORT, CONSOLE_PORT):
-        domain.channels[port] = EventChannel(
-            port=port, state=ChannelState.UNBOUND, remote_domid=Domid.INVALID
-        )
+        domain.channels[port] = EventChannel(port=port, state=ChannelState.UNBOUND, remote_domid=Domid.INVALID)
 
 
 def _start(machine: Machine, vm: Vm, settings: Settings) -> None:

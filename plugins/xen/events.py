@@ -16,7 +16,7 @@ from sevlab.plugins.xen.frames import fetch, store, test_and_clear_bit, test_and
 from sevlab.plugins.xen.layout import SharedInfo, SharedInfo32
 from sevlab.plugins.xen.numbers import Param, Virq
 from sevlab.plugins.xen.records import Upcall
-from sevlab.plugins.xen.state import ChannelState, Domain, EventChannel, XenVcpu
+from sevlab.plugins.xen.state import ChannelState, Domain, EventChannel, XenVcpu, domain_of
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
@@ -85,7 +85,8 @@ def release_line(machine: Machine, domain: Domain) -> None:
 
 def _set_line(machine: Machine, domain: Domain, *, level: bool) -> None:
     """Drive the callback's line. INTx pin p of PCI device d is GSI 16 + (4 d + d / 8 + p) mod 32; the I/O APIC has 24
-    pins, and a line past them reaches nobody. Source: xen/arch/x86/include/asm/hvm/irq.h, hvm_pci_intx_gsi."""
+    pins, and a line past them reaches nobody. Source: xen/arch/x86/include/asm/hvm/irq.h, hvm_pci_intx_gsi.
+    """
     kind, via = callback(domain)
     board = devices(machine, machine.vcpus[domain.vcpus[0].vcpu_id])
     domain.callback_asserted = level
@@ -94,19 +95,21 @@ def _set_line(machine: Machine, domain: Domain, *, level: bool) -> None:
         device = via >> 11 & 31
         gsi = 16 + ((device << 2) + (device >> 3) + (via & 3) & 31)
     if 0 < gsi < ISA_IRQS:
-        board.set_irq(gsi, level=level)
+        board.set_irq(machine, gsi, level=level)
     elif gsi < IOAPIC_PINS:
-        board.ioapic.set_line(gsi, level=level, deliver=board.deliver)
+        board.ioapic.set_line(gsi, level=level, deliver=board.router(machine))
 
 
-def direct_interrupt(machine: Machine, vcpu: Vcpu, domain: Domain | None) -> int | None:
-    """The callback vector, while the vCPU's upcall flag is set: the guest clears it itself."""
-    if domain is None or domain.params.get(Param.CALLBACK_IRQ, 0) >> 56 != CALLBACK_VECTOR:
+def direct_interrupt(machine: Machine, vcpu: Vcpu) -> int | None:
+    """The slot of that name: the callback vector, while the vCPU's upcall flag is set; the guest clears it itself."""
+    domain = domain_of(machine, vcpu)
+    if domain is None:
         return None
-    me = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id]
-    if not me.info_spa or not machine.memory.read(me.info_spa, 1, None)[0]:
+    via = domain.params.get(Param.CALLBACK_IRQ, 0)
+    if via >> 56 != CALLBACK_VECTOR:
         return None
-    return domain.params[Param.CALLBACK_IRQ] & 0xFF
+    spa = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id].info_spa
+    return via & 0xFF if spa and machine.memory.read(spa, 1, None)[0] else None
 
 
 def check_pollers(machine: Machine, domain: Domain, port: int) -> None:

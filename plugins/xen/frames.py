@@ -145,7 +145,9 @@ def referenced(machine: Machine, spa: int) -> bool:
         if spa in domain.event_array or any(grant.spa == spa for grant in domain.grants.active.values()):
             return True
         for vcpu in domain.vcpus:
-            if spa in {area & -PAGE_BYTES for area in (vcpu.info_spa, vcpu.control_spa, vcpu.runstate_spa, vcpu.time_spa)}:
+            if spa in {
+                area & -PAGE_BYTES for area in (vcpu.info_spa, vcpu.control_spa, vcpu.runstate_spa, vcpu.time_spa)
+            }:
                 return True
     return False
 

@@ -150,9 +150,7 @@ def acquire_for_copy(
     if ref >= entries(table):
         return Gntst.BAD_GNTREF
     active = table.active.get(ref)
-    if active is not None and (
-        active.domid != user or (active.readers if readonly else active.writers) >= MAX_PINS
-    ):
+    if active is not None and (active.domid != user or (active.readers if readonly else active.writers) >= MAX_PINS):
         return Gntst.GENERAL_ERROR
     entry = read_entry(machine, table, ref)
     if table.table_version == 2 and entry.kind == Gtf.TRANSITIVE:

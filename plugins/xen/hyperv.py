@@ -112,7 +112,8 @@ def all_processors() -> VpMask:
 
 def sparse_set(context: HvContext, valid_banks: int, gpa: int) -> VpMask | None:
     """The processors of a sparse set whose banks lie at `gpa`: bank n holds those from 64 n, and only banks with their
-    bit set in `valid_banks` are there. Banks that no domain can have are skipped. None when they cannot be read."""
+    bit set in `valid_banks` are there. Banks that no domain can have are skipped. None when they cannot be read.
+    """
     data = take(context.machine, context.domain, gpa, valid_banks.bit_count() * BANK_BYTES)
     if data is None:
         return None
@@ -228,7 +229,8 @@ CALLS: dict[int, Callable[[HvContext], Answer]] = {
 
 def serve(machine: Machine, vcpu: Vcpu, domain: Domain, frame: HypercallFrame) -> HypercallEnd:
     """Serve a Hyper-V hypercall. In 64-bit code the input is in RCX, RDX, R8 and the result in RAX; in 32-bit code
-    they are in pairs: EDX:EAX, EBX:ECX, EDI:ESI and EDX:EAX. Elsewhere nothing happens."""
+    they are in pairs: EDX:EAX, EBX:ECX, EDI:ESI and EDX:EAX. Elsewhere nothing happens.
+    """
     registers = frame.registers
     if frame.mode is CodeMode.BITS_64:
         names: tuple[str, ...] = ("rcx", "rdx", "r8")

@@ -10,7 +10,8 @@ from sevlab.core.vocabulary import Boundary, Checked, Derived, Input, outcome, s
 @step("xen.call", Boundary.HYPERCALL)
 class HypercallStep(NamedTuple):
     """A guest puts `number` and the arguments into the registers of its ABI and executes VMMCALL, again while the call
-    is preempted. FastABI takes seven arguments, the others five."""
+    is preempted. FastABI takes seven arguments, the others five.
+    """
 
     vcpu: Input[int]
     number: Input[int]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
-CR0_PE, CR0_ET = 1, 0x10
+CR0_PE, CR0_ET, CR0_WP = 1, 0x10, 1 << 16
 EFER_SVME = 1 << 12
 CODE_32, CODE_64, DATA = 0xC9B, 0xA9B, 0xC93
 TABLES_FROM_END = 8
@@ -42,7 +42,10 @@ def enter_long_mode(machine: Machine, vcpu: Vcpu, *, shared: tuple[int, ...] = (
     tables = vm.memory_bytes - TABLES_FROM_END * PAGE_BYTES
     c_bit = vm.c_bit_mask
     directory = tables + 2 * PAGE_BYTES
-    entries = {tables: tables + PAGE_BYTES | PRESENT_WRITABLE | c_bit, tables + PAGE_BYTES: directory | PRESENT_WRITABLE | c_bit}
+    entries = {
+        tables: tables + PAGE_BYTES | PRESENT_WRITABLE | c_bit,
+        tables + PAGE_BYTES: directory | PRESENT_WRITABLE | c_bit,
+    }
     for index in range(min(-(-vm.memory_bytes // PAGE_2M_BYTES), 512)):
         page = index * PAGE_2M_BYTES
         private = 0 if any(page <= gpa < page + PAGE_2M_BYTES for gpa in shared) else c_bit
@@ -54,4 +57,4 @@ def enter_long_mode(machine: Machine, vcpu: Vcpu, *, shared: tuple[int, ...] = (
     system.cr3 = tables | c_bit
     system.cr4 = CR4_PAE
     system.efer = EFER_LME | EFER_SVME | 1 << 10
-    system.cr0 = CR0_PE | CR0_ET | CR0_PG
+    system.cr0 = CR0_PE | CR0_ET | CR0_WP | CR0_PG

@@ -14,7 +14,6 @@ from sevlab.plugins.io import devices
 from sevlab.plugins.xen import clock, events
 from sevlab.plugins.xen.dispatch import ARGUMENTS_32, ARGUMENTS_64
 from sevlab.plugins.xen.frames import fetch, page_of, store
-from sevlab.plugins.xen.hypercalls.vcpu import inject_nmi
 from sevlab.plugins.xen.layout import XenconsInterface
 from sevlab.plugins.xen.numbers import ABI_FLAG, NR_VIRQS, Param
 from sevlab.plugins.xen.operations import FAST_REGISTERS
@@ -90,13 +89,11 @@ def with_timers(original: Callable[[Machine, Any], None]) -> Callable[[Machine, 
 
 
 def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
-    """Before VMRUN: an NMI that waits, the level of the callback's line, and the runstate."""
+    """Before VMRUN: the level of the callback's line, and the runstate."""
     domain = domain_of(machine, vcpu)
     if domain is None:
         return
     me = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id]
-    if me.nmi_pending:
-        vcpu.vmcb.event_inj = inject_nmi(me, vcpu.vmcb.event_inj)
     if domain.callback_asserted:
         events.update_line(machine, domain)
     if me.run_state is not RunState.RUNNING and not me.down:
@@ -164,7 +161,9 @@ def backend_event(machine: Machine, step: BackendEvent) -> None:
         events.set_pending(machine, domain, domain.channels[domain.pirq_ports[step.number]])
         machine.emit(Done())
     else:
-        machine.emit(Refused(f"no {step.kind!r:.20} {step.number}: expected a virq below 24, a gsi below 16, a bound pirq"))
+        machine.emit(
+            Refused(f"no {step.kind!r:.20} {step.number}: expected a virq below 24, a gsi below 16, a bound pirq")
+        )
 
 
 def _raise_gsi(machine: Machine, domain: Domain, gsi: int) -> None:
@@ -174,5 +173,5 @@ def _raise_gsi(machine: Machine, domain: Domain, gsi: int) -> None:
             events.set_pending(machine, domain, domain.channels[domain.pirq_ports[pirq]])
             return
     board = devices(machine, machine.vcpus[domain.vcpus[0].vcpu_id])
-    board.set_irq(gsi, level=True)
-    board.set_irq(gsi, level=False)
+    board.set_irq(machine, gsi, level=True)
+    board.set_irq(machine, gsi, level=False)

@@ -387,6 +387,6 @@ FAST_OPERATIONS: dict[int, Operation] = {**OPERATIONS, Evtchnop.RESET: Operation
 
 
 def event_channel_op(call: Call) -> int:
-    """event_channel_op(cmd, ptr)."""
+    """Hypercall event_channel_op of cmd, ptr."""
     command, handle = call.args
     return run_operation(call, FAST_OPERATIONS if call.abi is Abi.FAST else OPERATIONS, command, handle)

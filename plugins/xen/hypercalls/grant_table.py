@@ -48,9 +48,9 @@ from sevlab.plugins.xen.numbers import (
     COPY_SOURCE_GREF,
     Domid,
     Errno,
-    Gnttabop,
     Gntmap,
     Gntst,
+    Gnttabop,
     Gtf,
     Nr,
 )
@@ -157,9 +157,7 @@ def _side(call: Call, a: Any, *, source: bool) -> Claim | Gntst:
     domain = call.any_domain(domid)
     assert domain is not None  # tested by copy()
     if a.flags & (COPY_SOURCE_GREF if source else COPY_DEST_GREF):
-        return grants.acquire_for_copy(
-            call.machine, domain, number & MASK32, call.domain.domid, readonly=source
-        )
+        return grants.acquire_for_copy(call.machine, domain, number & MASK32, call.domain.domid, readonly=source)
     spa = page_of(call.machine, domain, number)
     if spa is None:
         return Gntst.BAD_PAGE
@@ -241,7 +239,8 @@ BATCHES: dict[int, Batch] = {
 
 def run_batch(call: Call, command: int, batch: Batch, handle: int, count: int) -> int:
     """Each element in turn; a continuation starts at the first that is left. An element that cannot be read or written
-    ends it with EFAULT, those before it are done."""
+    ends it with EFAULT, those before it are done.
+    """
     layout = call.layout(batch.shape)
     status_at = layout.FIELDS["status"].offset
     for index in range(count):
@@ -381,9 +380,7 @@ OPERATIONS: dict[int, Operation] = {
     Gnttabop.QUERY_SIZE: Operation(
         query_size, QuerySize, ("nr_frames", "max_nr_frames", "status"), (), (("nr_frames", 2), ("max_nr_frames", 3))
     ),
-    Gnttabop.SET_VERSION: Operation(
-        set_version, SetVersion, ("table_version",), (("table_version", 2),), always=True
-    ),
+    Gnttabop.SET_VERSION: Operation(set_version, SetVersion, ("table_version",), (("table_version", 2),), always=True),
     Gnttabop.GET_VERSION: Operation(get_version, GetVersion, ("table_version",), (), (("table_version", 2),)),
 }
 
@@ -409,11 +406,11 @@ FAST_OPERATIONS: dict[int, Operation] = {
         _fast(unmap_grant_ref), UnmapGrantRef, (), (("host_addr", 3), ("handle", 6)), ()
     ),
 }
-"""FastABI has no copy: a domain that only it serves cannot copy grants. QUERY_SIZE and GET_VERSION are of the caller."""
+"""FastABI has no copy: a domain with nothing else cannot copy grants. QUERY_SIZE and GET_VERSION are of the caller."""
 
 
 def grant_table_op(call: Call) -> int:
-    """grant_table_op(cmd, ptr, count)."""
+    """Hypercall grant_table_op of cmd, ptr, count."""
     command, handle, count = call.args
     if call.abi is Abi.FAST:
         return run_operation(call, FAST_OPERATIONS, command, handle)

@@ -228,6 +228,6 @@ OPERATIONS: dict[int, Operation] = {
 
 
 def hvm_op(call: Call) -> int:
-    """hvm_op(op, ptr)."""
+    """Hypercall hvm_op of op, ptr."""
     command, handle = call.args
     return run_operation(call, OPERATIONS, command, handle)

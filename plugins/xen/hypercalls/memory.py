@@ -1,5 +1,6 @@
 """memory_op. Source: Xen xen/common/memory.c, xen/arch/x86/mm.c (arch_memory_op), xen/arch/x86/mm/p2m.c
-(xenmem_add_to_physmap_one), check by check in their order."""
+(xenmem_add_to_physmap_one), check by check in their order.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ RESERVATION = Shape(MemoryReservation, MemoryReservation32)
 
 def increase(call: Call, domain: Domain, _gfn: int, pages: int) -> bool:
     """Give the domain pages that are mapped nowhere: a translated domain cannot use them, and Xen says nothing of
-    where they are; only the count changes."""
+    where they are; only the count changes.
+    """
     return _charge(domain, pages)
 
 
@@ -158,9 +160,7 @@ def _grant_frame(call: Call, domain: Domain, idx: int) -> int:
                 return -Errno.EINVAL
         return domain.grants.status_frames[idx]
     idx &= MASK32
-    if idx >= len(table.frames) and (
-        idx + 1 > grants.MAX_FRAMES or not grants.grow(call.machine, domain, idx + 1)
-    ):
+    if idx >= len(table.frames) and (idx + 1 > grants.MAX_FRAMES or not grants.grow(call.machine, domain, idx + 1)):
         return -Errno.EINVAL
     return domain.grants.frames[idx]
 
@@ -315,7 +315,8 @@ def count(call: Call, command: int, handle: int) -> int:
 
 def memory_map(call: Call, a: Any) -> int:
     """The map that the toolstack gave the domain: its RAM from 0, unless it set another. In FastABI the buffer is
-    guest-physical (UNVERIFIED: the description names a register and no kind of address)."""
+    guest-physical (UNVERIFIED: the description names a register and no kind of address).
+    """
     known = call.domain.memory_map
     a.nr_entries = min(a.nr_entries, len(known) // E820Entry.SIZE)
     return 0 if call.copy_out(a.buffer_handle, known[: a.nr_entries * E820Entry.SIZE]) else -Errno.EFAULT
@@ -365,7 +366,7 @@ QUESTIONS = (Memop.CURRENT_RESERVATION, Memop.MAXIMUM_RESERVATION, Memop.MAXIMUM
 
 
 def memory_op(call: Call) -> int:
-    """memory_op(cmd, ptr): bits of cmd above 5 are the start extent of a continuation."""
+    """Hypercall memory_op of cmd, ptr: bits of cmd above 5 are the start extent of a continuation."""
     command, handle = call.args
     start, operation = command >> MEMOP_EXTENT_SHIFT, command & (1 << MEMOP_EXTENT_SHIFT) - 1
     if call.abi is Abi.FAST:

@@ -39,7 +39,7 @@ INT_MAX = (1 << 31) - 1
 
 
 def console_io(call: Call) -> int:
-    """console_io(cmd, count, ptr): for the control domain; in debug builds everybody may write."""
+    """Hypercall console_io of cmd, count, ptr: for the control domain; in debug builds everybody may write."""
     command, count, handle = call.args
     if not call.domain.is_control and not (call.debug_build and command == CONSOLE_WRITE):
         return -Errno.EPERM
@@ -70,8 +70,9 @@ CONSUMED = 0xAA
 
 
 def multicall(call: Call) -> int:
-    """multicall(ptr, nr): entries in order, each with its result; one that is preempted is written back changed, and
-    the multicall goes on with it. An entry's buffers are found in the ABI of the multicall itself."""
+    """Hypercall multicall of ptr, nr: entries in order, each with its result; one that is preempted is written back
+    changed, and the multicall goes on with it. An entry's buffers are found in the ABI of the multicall itself.
+    """
     handle, count = call.args
     if call.in_multicall:
         return -Errno.EINVAL
@@ -114,7 +115,7 @@ ASSIST_ENABLE, ASSIST_DISABLE = 0, 1
 
 
 def vm_assist(call: Call) -> int:
-    """vm_assist(cmd, type): an HVM guest has one, the update flag of runstate areas."""
+    """Hypercall vm_assist of cmd, type: an HVM guest has one, the update flag of runstate areas."""
     command, kind = call.args
     if kind != RUNSTATE_UPDATE_FLAG:
         return -Errno.EINVAL
@@ -153,7 +154,8 @@ def irq_status(call: Call, a: Any) -> int:
 
 def map_pirq(call: Call, a: Any) -> int:
     """Let a PIRQ stand for an emulated GSI; only with a vector callback. A GSI or PIRQ that is mapped already stays as
-    it is, and that is no error."""
+    it is, and that is no error.
+    """
     domain = call.any_domain(a.domid)
     if domain is None:
         return -Errno.ESRCH
@@ -211,7 +213,7 @@ PHYSDEV_OPERATIONS: dict[int, Operation] = {
 
 
 def physdev_op(call: Call) -> int:
-    """physdev_op(cmd, ptr): those for the hardware domain are ENOSYS for everybody, as no such domain owns devices."""
+    """Hypercall physdev_op of cmd, ptr: those for the hardware domain are ENOSYS for everybody."""
     command, handle = call.args
     return run_operation(call, PHYSDEV_OPERATIONS, command, handle)
 
@@ -224,7 +226,8 @@ DM_BUFFERS = 2
 
 def control_op(call: Call) -> int:
     """sysctl, domctl, platform_op: a guest is refused after its interface version was read; for the control domain
-    none is modelled."""
+    none is modelled.
+    """
     head = call.read(call.args[0], ControlHead)
     if head is None:
         return -Errno.EFAULT
@@ -234,7 +237,7 @@ def control_op(call: Call) -> int:
 
 
 def xsm_op(call: Call) -> int:
-    """xsm_op(ptr): no security module."""
+    """Hypercall xsm_op of ptr: no security module."""
     return -Errno.ENOSYS
 
 
@@ -249,8 +252,9 @@ def hypfs_op(call: Call) -> int:
 
 
 def dm_op(call: Call) -> int:
-    """dm_op(domid, nr_bufs, ptr): a device model's calls on another domain. The count is tested before a buffer's
-    descriptor is used."""
+    """Hypercall dm_op of domid, nr_bufs, ptr: a device model's calls on another domain. The count is tested before a
+    buffer's descriptor is used.
+    """
     domid, count, handle = call.args
     if count > DM_BUFFERS:
         return -Errno.E2BIG
@@ -291,7 +295,8 @@ def platform_status(call: Call, a: Any) -> int:
 
 def prepare_initial_mem(call: Call, a: Any) -> int:
     """Encrypt pages of a domain that is being built: the range is checked, but the launch itself is done with the
-    commands of the Secure Processor."""
+    commands of the Secure Processor.
+    """
     domain = xen(call.machine).domains.get(a.domid)
     if domain is None:
         return -Errno.ESRCH
@@ -313,7 +318,7 @@ COCO_OPERATIONS: dict[int, Operation] = {
 
 
 def coco_op(call: Call) -> int:
-    """coco_op(cmd, ptr): of the toolstack, not of guests."""
+    """Hypercall coco_op of cmd, ptr: of the toolstack, not of guests."""
     command, handle = call.args
     if not call.domain.is_control:
         return -Errno.EPERM

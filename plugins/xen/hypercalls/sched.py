@@ -149,13 +149,13 @@ FAST_OPERATIONS: dict[int, Operation] = {
 
 
 def sched_op(call: Call) -> int:
-    """sched_op(cmd, ptr)."""
+    """Hypercall sched_op of cmd, ptr."""
     command, handle = call.args
     return run_operation(call, FAST_OPERATIONS if call.abi is Abi.FAST else OPERATIONS, command, handle)
 
 
 def set_timer_op(call: Call) -> int:
-    """set_timer_op(timeout): absolute nanoseconds, in two halves from 32-bit callers; 0 stops the timer."""
+    """Hypercall set_timer_op of timeout: absolute nanoseconds, in two halves from 32-bit callers; 0 stops the timer."""
     timeout = signed(call.args[0], 64)
     moment = clock.now(call.machine)
     if timeout == 0:

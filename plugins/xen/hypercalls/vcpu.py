@@ -1,5 +1,6 @@
 """vcpu_op. Source: Xen xen/common/domain.c (common_vcpu_op, map_guest_area), xen/arch/x86/domain.c (do_vcpu_op),
-xen/arch/x86/hvm/domain.c (arch_set_info_hvm_guest)."""
+xen/arch/x86/hvm/domain.c (arch_set_info_hvm_guest).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import Any
 
 from sevlab.core.cpu import CONTROL_SEV_ES
 from sevlab.core.paging import CR0_PG, CR4_PAE, EFER_LME
-from sevlab.core.svm import EventType, event
 from sevlab.core.units import PAGE_MASK, PAGE_SHIFT
+from sevlab.plugins.io import devices, wake
 from sevlab.plugins.xen import clock, events
 from sevlab.plugins.xen.arguments import (
     Area,
@@ -35,7 +36,6 @@ MAX_PERIOD = (1 << 62) - 1
 """STIME_DELTA_MAX. Source: xen/include/xen/time.h."""
 NOWHERE = (1 << 64) - 1
 """An area's address that only takes the registration back."""
-NMI_VECTOR = 2
 
 
 def target(call: Call) -> XenVcpu:
@@ -48,7 +48,8 @@ def target(call: Call) -> XenVcpu:
 
 def initialise(call: Call, a: Any) -> int:
     """Give a vCPU its first registers; it stays down. Only the 64-bit form is modelled: 32-bit is EOPNOTSUPP. So is a
-    vCPU whose registers are encrypted: they were set and measured before it ran (UNVERIFIED: no such Xen exists)."""
+    vCPU whose registers are encrypted: they were set and measured before it ran (UNVERIFIED: no such Xen exists).
+    """
     vcpu = target(call)
     if call.machine.vcpus[vcpu.vcpu_id].vmcb.encryption_control & CONTROL_SEV_ES:
         return -Errno.EOPNOTSUPP
@@ -108,22 +109,14 @@ def is_up(call: Call, _argument: Any) -> int:
 
 def send_nmi(call: Call, handle: int) -> int:
     """Raise an NMI."""
-    if handle and call.abi is not Abi.FAST:
+    if handle:
         return -Errno.EINVAL
     vcpu = target(call)
     real = call.machine.vcpus[vcpu.vcpu_id]
-    vcpu.nmi_pending = True
+    devices(call.machine, real).lapics[vcpu.vcpu_id].nmi_pending = True
     if not vcpu.down:
-        real.halted = False
+        wake(call.machine, real)
     return 0
-
-
-def inject_nmi(vcpu: XenVcpu, event_inj: int) -> int:
-    """The EVENTINJ word of a vCPU that enters: its NMI, if one waits and nothing else is being injected."""
-    if not vcpu.nmi_pending or event_inj >> 31 & 1:
-        return event_inj
-    vcpu.nmi_pending = False
-    return event(NMI_VECTOR, EventType.NMI)
 
 
 def get_physid(call: Call, _argument: Any) -> int:
@@ -173,7 +166,8 @@ def stop_singleshot(call: Call, _argument: Any) -> int:
 
 def area_spa(call: Call, gpa: int, length_bytes: int) -> int:
     """SPA of an area at guest-physical `gpa`, or a negated `Errno`: ENXIO across a page or misaligned, EINVAL where
-    no page is, EACCES where Xen may not write (a page that the RMP gives to the guest: UNVERIFIED)."""
+    no page is, EACCES where Xen may not write (a page that the RMP gives to the guest: UNVERIFIED).
+    """
     if gpa >> PAGE_SHIFT != gpa + length_bytes - 1 >> PAGE_SHIFT or gpa % call.long_bytes:
         return -Errno.ENXIO
     spa = page_of(call.machine, call.domain, gpa >> PAGE_SHIFT)
@@ -287,9 +281,7 @@ OPERATIONS: dict[int, Operation] = {
         set_singleshot, Shape(SingleshotTimer, SingleshotTimer32), (), (("timeout_abs_ns", 3), ("flags", 4))
     ),
     Vcpuop.STOP_SINGLESHOT_TIMER: Operation(stop_singleshot, fast=()),
-    Vcpuop.REGISTER_VCPU_INFO: Operation(
-        register_vcpu_info, RegisterVcpuInfo, (), (("mfn", 3), ("page_offset", 4))
-    ),
+    Vcpuop.REGISTER_VCPU_INFO: Operation(register_vcpu_info, RegisterVcpuInfo, (), (("mfn", 3), ("page_offset", 4))),
     Vcpuop.SEND_NMI: Operation(send_nmi, fast=()),
     Vcpuop.GET_PHYSID: Operation(get_physid, fast=()),
     Vcpuop.REGISTER_VCPU_TIME_MEMORY_AREA: Operation(register_time_linear, Area),
@@ -304,7 +296,7 @@ FAST_OPERATIONS: dict[int, Operation] = {
 
 
 def vcpu_op(call: Call) -> int:
-    """vcpu_op(cmd, vcpuid, ptr)."""
+    """Hypercall vcpu_op of cmd, vcpuid, ptr."""
     if call.abi is Abi.FAST:
         call.args = (call.args[0], call.frame.registers.rsi & 0xFFFF_FFFF, 0)
     command, index, handle = call.args

@@ -92,7 +92,7 @@ OPERATIONS: dict[int, Operation] = {
 
 
 def xen_version(call: Call) -> int:
-    """xen_version(cmd, ptr)."""
+    """Hypercall xen_version of cmd, ptr."""
     command, handle = call.args
     if call.abi is not Abi.FAST:
         if command in FIXED:
