@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.core.cpu import CONTROL_SEV
-from sevlab.core.events import AspCommand, AspStatus, HostMsr
+from sevlab.core.events import AspCommand, AspStatus, CacheOp, HostMsr
 from sevlab.core.machine import Machine
 from sevlab.plugins.xen.assess import SURVIVAL, Fate
 from sevlab.plugins.xen.call import Abi
@@ -32,7 +32,15 @@ def _result(value: int) -> str:
     return str(value) if value >= 0 else f"-{Errno(-value).name}"
 
 
-INIT, ACTIVATE, LAUNCH_START, LAUNCH_UPDATE_DATA, LAUNCH_MEASURE, LAUNCH_FINISH = 0x01, 0x21, 0x30, 0x31, 0x33, 0x35
+INIT, DF_FLUSH, ACTIVATE, LAUNCH_START, LAUNCH_UPDATE_DATA, LAUNCH_MEASURE, LAUNCH_FINISH = (
+    0x01,
+    0x0A,
+    0x21,
+    0x30,
+    0x31,
+    0x33,
+    0x35,
+)
 SYSCFG, MEM_ENCRYPTION = 0xC001_0010, 1 << 23
 COMMANDS_SPA, MEASUREMENT_SPA = 0x10_0000, 0x10_1000
 
@@ -52,6 +60,8 @@ def _encrypt(machine: Machine) -> None:
 
     machine.apply(HostMsr(SYSCFG, True, MEM_ENCRYPTION))
     run(INIT, bytes(20))
+    machine.apply(CacheOp("wbinvd", 0))
+    run(DF_FLUSH, b"")
     handle = run(LAUNCH_START, bytes(36))[:4]
     run(ACTIVATE, handle + asid.to_bytes(4, "little"))
     run(LAUNCH_UPDATE_DATA, handle + bytes(4) + vm.memory_spa.to_bytes(8, "little") + (4096).to_bytes(4, "little"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sevlab.core.memory import TAG_HYPERVISOR
 from sevlab.core.svm import ExitCode
 from sevlab.core.units import PAGE_BYTES
-from sevlab.plugins.io import devices
+from sevlab.plugins import io
 from sevlab.plugins.xen.arguments import E820Entry
 from sevlab.plugins.xen.frames import store
 from sevlab.plugins.xen.layout import LEGACY_MAX_VCPUS, VCPU_INFO_BYTES
@@ -58,7 +58,7 @@ def new_domain(machine: Machine, vm: Vm, domid: int, *, control: bool) -> Domain
         memory_map=E820Entry.build(addr=0, length=vm.memory_bytes, type=RAM),
     )
     domain.grants.frames = (first_frame,)
-    board = devices(machine, machine.vcpus[vm.vcpu_ids[0]])
+    board = io.devices(machine, machine.vcpus[vm.vcpu_ids[0]])
     board.fw_cfg.install(ram_bytes=vm.memory_bytes, cpus=len(vm.vcpu_ids))
     return domain
 

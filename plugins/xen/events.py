@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.units import PAGE_BYTES
-from sevlab.plugins.io import devices, wake
+from sevlab.plugins import io
 from sevlab.plugins.xen.frames import fetch, store, test_and_clear_bit, test_and_set_bit, test_bit
 from sevlab.plugins.xen.layout import SharedInfo, SharedInfo32
 from sevlab.plugins.xen.numbers import Param, Virq
@@ -62,11 +62,11 @@ def assert_upcall(machine: Machine, domain: Domain, vcpu: XenVcpu) -> None:
     """Tell the vCPU: at its own vector, or by the domain's callback; a sleeping vCPU wakes up."""
     real = machine.vcpus[vcpu.vcpu_id]
     if vcpu.upcall_vector:
-        devices(machine, real).lapics[vcpu.vcpu_id].accept(vcpu.upcall_vector)
+        io.devices(machine, real).lapics[vcpu.vcpu_id].accept(vcpu.upcall_vector)
     elif callback(domain)[0] in (CALLBACK_GSI, CALLBACK_PCI) and vcpu.index == 0:
         update_line(machine, domain)
     if vcpu.polling is None:
-        wake(machine, real)
+        io.wake(machine, real)
 
 
 def update_line(machine: Machine, domain: Domain) -> None:
@@ -88,7 +88,7 @@ def _set_line(machine: Machine, domain: Domain, *, level: bool) -> None:
     pins, and a line past them reaches nobody. Source: xen/arch/x86/include/asm/hvm/irq.h, hvm_pci_intx_gsi.
     """
     kind, via = callback(domain)
-    board = devices(machine, machine.vcpus[domain.vcpus[0].vcpu_id])
+    board = io.devices(machine, machine.vcpus[domain.vcpus[0].vcpu_id])
     domain.callback_asserted = level
     gsi = via & 0xFF
     if kind == CALLBACK_PCI:

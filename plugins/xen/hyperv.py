@@ -14,7 +14,7 @@ from sevlab.core.hypercall import CodeMode, HypercallEnd, HypercallFrame
 from sevlab.core.layout import Layout
 from sevlab.core.memory import split_pages
 from sevlab.core.units import MASK32, MASK64, PAGE_MASK, PAGE_SHIFT
-from sevlab.plugins.io import devices, wake
+from sevlab.plugins import io
 from sevlab.plugins.xen.arguments import BankContents, HvFlush, HvFlushEx, HvSendIpi, HvSendIpiEx
 from sevlab.plugins.xen.frames import fetch, page_of
 from sevlab.plugins.xen.numbers import HYPERV_FLAG, HvCall, HvStatus
@@ -160,10 +160,10 @@ def flush_ex(context: HvContext) -> Answer:
 
 def send(context: HvContext, vector: int, mask: VpMask) -> None:
     """Raise `vector` at every processor of `mask` that the domain has and whose APIC is on."""
-    board = devices(context.machine, context.vcpu)
+    board = io.devices(context.machine, context.vcpu)
     for vcpu in context.domain.vcpus:
         if vcpu.index in mask and board.lapics[vcpu.vcpu_id].accept(vector):
-            wake(context.machine, context.machine.vcpus[vcpu.vcpu_id])
+            io.wake(context.machine, context.machine.vcpus[vcpu.vcpu_id])
 
 
 def send_ipi(context: HvContext) -> Answer:

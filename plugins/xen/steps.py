@@ -10,7 +10,7 @@ from sevlab.core.events import AdvanceClock, CpuExit, Done, Faulted, Refused
 from sevlab.core.hypercall import CodeMode, code_mode
 from sevlab.core.svm import ExitCode
 from sevlab.core.units import MASK64
-from sevlab.plugins.io import devices
+from sevlab.plugins import io
 from sevlab.plugins.xen import clock, events
 from sevlab.plugins.xen.dispatch import ARGUMENTS_32, ARGUMENTS_64
 from sevlab.plugins.xen.frames import fetch, page_of, store
@@ -172,6 +172,6 @@ def _raise_gsi(machine: Machine, domain: Domain, gsi: int) -> None:
         if line == gsi and pirq in domain.pirq_ports:
             events.set_pending(machine, domain, domain.channels[domain.pirq_ports[pirq]])
             return
-    board = devices(machine, machine.vcpus[domain.vcpus[0].vcpu_id])
+    board = io.devices(machine, machine.vcpus[domain.vcpus[0].vcpu_id])
     board.set_irq(machine, gsi, level=True)
     board.set_irq(machine, gsi, level=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sevlab.plugins.io import wake
+from sevlab.plugins import io
 from sevlab.plugins.xen import clock, events
 from sevlab.plugins.xen.arguments import Poll, Poll32, RemoteShutdown, Shape, Shutdown, Watchdog
 from sevlab.plugins.xen.call import Abi, Call
@@ -32,7 +32,7 @@ def block(call: Call, _argument: Any) -> int:
     if call.me.info_spa:
         store(call.machine, call.me.info_spa + 1, b"\0")
     call.vcpu.halted = True
-    wake(call.machine, call.vcpu)
+    io.wake(call.machine, call.vcpu)
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sevlab.core.cpu import CONTROL_SEV_ES
 from sevlab.core.paging import CR0_PG, CR4_PAE, EFER_LME
 from sevlab.core.units import PAGE_MASK, PAGE_SHIFT
-from sevlab.plugins.io import devices, wake
+from sevlab.plugins import io
 from sevlab.plugins.xen import clock, events
 from sevlab.plugins.xen.arguments import (
     Area,
@@ -113,9 +113,9 @@ def send_nmi(call: Call, handle: int) -> int:
         return -Errno.EINVAL
     vcpu = target(call)
     real = call.machine.vcpus[vcpu.vcpu_id]
-    devices(call.machine, real).lapics[vcpu.vcpu_id].nmi_pending = True
+    io.devices(call.machine, real).lapics[vcpu.vcpu_id].nmi_pending = True
     if not vcpu.down:
-        wake(call.machine, real)
+        io.wake(call.machine, real)
     return 0
 
 
