@@ -1,6 +1,7 @@
 """Write the reference pages from the declarations; `--check` fails when a page is not what they say.
 
-One page for the kernel and one for each plugin: records, layouts, state machines, and the plugin's own tables.
+One page for the kernel, one for each plugin - records, layouts, state machines, the plugin's own tables - and one for
+traces.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from sevlab.core.generations import GENERATIONS
 from sevlab.core.layout_tools import markdown_table
 from sevlab.core.plugins import GROUP, load
 from sevlab.core.vocabulary import Boundary, spec_of
+from sevlab.traces import frames
+from sevlab.traces.records import TRACE_RECORDS
 
 FOLDER = Path(__file__).parent / "reference"
 MARK = "<!-- made by docs/generate.py from the declarations; do not edit -->\n"
@@ -104,11 +107,18 @@ def plugin_page(plugins, plugin) -> str:
     return "\n".join(lines)
 
 
+def trace_page() -> str:
+    """The frames of a `.sevtrace` file, and the records that only traces hold."""
+    lines = ["# Traces\n", MARK, "What the format is for and how it is used: [.sevtrace](../sevtrace.md).\n"]
+    lines += ["## Head of a frame\n", frames.markdown_table(), "", *records(TRACE_RECORDS)]
+    return "\n".join(lines)
+
+
 def pages() -> dict[str, str]:
     """Every page by file name."""
     own = [entry.name for entry in metadata.distribution("sevlab").entry_points if entry.group == GROUP]
     plugins = load(own)
-    made = {"kernel.md": kernel()}
+    made = {"kernel.md": kernel(), "traces.md": trace_page()}
     made |= {f"{plugin.name}.md": plugin_page(plugins, plugin) for plugin in plugins.plugins}
     return {name: text.rstrip() + "\n" for name, text in made.items()}
 

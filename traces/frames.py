@@ -23,7 +23,35 @@ MARKER = b"\x89sevtrc\n"
 HEADER, RECORDS, INDEX = b"H", b"R", b"I"
 """What a payload is: the header (twice, at the start), entries, the index."""
 
-HEAD = struct.Struct("<8s c B H I Q Q I I I Q Q I")
+
+class HeadField(NamedTuple):
+    """One field of a frame's head: its name, its `struct` code, what it means."""
+
+    name: str
+    code: str
+    meaning: str
+
+
+HEAD_FIELDS = (
+    HeadField("marker", "8s", "`89 73 65 76 74 72 63 0a`"),
+    HeadField("kind", "c", "`H` header, `R` records (a block), `I` index"),
+    HeadField("version", "B", "1"),
+    HeadField("reserved", "H", "0"),
+    HeadField(
+        "stream", "I", "CRC-32 of the header's payload as stored: frames of another file are no part of this one"
+    ),
+    HeadField("number", "Q", "of the block, from 0; of an index: how many blocks there are"),
+    HeadField("first_entry", "Q", "number of the first entry in the block; of an index: how many entries there are"),
+    HeadField("entries", "I", "entries in the block"),
+    HeadField("raw_bytes", "I", "length of the payload before compression, at most 16 MiB"),
+    HeadField("stored_bytes", "I", "length of the payload as stored, which follows the head"),
+    HeadField("min_time", "Q", "earliest time of an entry in the block, ns"),
+    HeadField("max_time", "Q", "latest time of an entry in the block, ns"),
+    HeadField("payload_crc", "I", "CRC-32 of the payload as stored"),
+)
+"""All but the last four bytes, which are the CRC-32 of these. Little-endian, without padding."""
+
+HEAD = struct.Struct("<" + "".join(field.code for field in HEAD_FIELDS))
 HEAD_CRC = struct.Struct("<I")
 HEAD_BYTES = HEAD.size + HEAD_CRC.size
 
@@ -106,3 +134,14 @@ def open_payload(head: Head, stored: bytes) -> bytes:
         return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise TraceFormatError(f"not decompressible: {error}") from error
+
+
+def markdown_table() -> str:
+    """The head of a frame for the documentation."""
+    lines = ["| Offset | Bytes | Field | Meaning |", "| --- | --- | --- | --- |"]
+    offset = 0
+    for field in (*HEAD_FIELDS, HeadField("head_crc", "I", "CRC-32 of the bytes before it")):
+        size = struct.calcsize("<" + field.code)
+        lines.append(f"| {offset:#04x} | {size} | `{field.name}` | {field.meaning} |")
+        offset += size
+    return "\n".join(lines)

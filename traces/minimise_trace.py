@@ -12,6 +12,7 @@ from sevlab.core.vocabulary import Record
 from sevlab.traces.compare import first_difference
 from sevlab.traces.minimise import drop_items, minimise
 from sevlab.traces.reader import TraceReader
+from sevlab.traces.record import vcpu_of
 from sevlab.traces.records import Found, Violation
 from sevlab.traces.replay_recorded import Divergence, machine_of, perform
 from sevlab.traces.schema import Entry
@@ -64,10 +65,7 @@ def minimise_finding(
     if not shows(steps):
         known = ", ".join(f"{found.oracle} {found.rule}" for found in findings(entries)) or "no finding"
         raise ConfigError(f"{reader.name}: replaying it does not show {wanted.oracle} {wanted.rule}; it holds {known}")
-    return [
-        Entry(0, vcpu if isinstance(vcpu := getattr(step, "vcpu", -1), int) else -1, step, outcome)
-        for step, outcome in run(minimise(steps, shows))
-    ]
+    return [Entry(0, vcpu_of(step), step, outcome) for step, outcome in run(minimise(steps, shows))]
 
 
 def minimise_divergence(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Self
 
 from sevlab.core.determinism import TSC_HZ
 from sevlab.core.errors import InvariantViolation, TraceFormatError
+from sevlab.core.events import Party
 from sevlab.core.machine import Machine, Snapshot
 from sevlab.core.units import MASK64
 from sevlab.core.vocabulary import Outcome, Record
@@ -34,6 +35,12 @@ def header_of(machine: Machine) -> Header:
         plugins=tuple(PluginVersion(plugin.name, plugin.version) for plugin in machine.plugins.plugins),
         oracles=None if machine.sink is None else tuple(oracle.name for oracle in machine.sink.oracles),
     )
+
+
+def vcpu_of(step: Record) -> int:
+    """The vCPU that takes a step; an access of another party than the guest is no vCPU's, whatever its field says."""
+    vcpu = getattr(step, "vcpu", NO_VCPU)
+    return vcpu if isinstance(vcpu, int) and getattr(step, "party", Party.GUEST) == Party.GUEST else NO_VCPU
 
 
 class Recorder:
@@ -155,8 +162,7 @@ class Recorder:
         time_ns = self.machine.clock.tsc * 1_000_000_000 // TSC_HZ & MASK64
         writer = self._begin()
         try:
-            vcpu = getattr(step, "vcpu", NO_VCPU)
-            writer.append(Entry(time_ns, vcpu if isinstance(vcpu, int) else NO_VCPU, step, outcome))
+            writer.append(Entry(time_ns, vcpu_of(step), step, outcome))
         except TraceFormatError as error:
             writer.append(Entry(time_ns, NO_VCPU, Unwritable(str(error)), ()))
         else:

@@ -44,7 +44,7 @@ def test_show_gives_header_and_kinds(trace):
 
 def test_show_decodes_an_entry_field_by_field(trace):
     text = run("show", "trace", trace, "--entry", 2)
-    assert "entry 2, 0.000002000 s, vCPU 0" in text
+    assert "entry 2, 0.000002000 s, no vCPU" in text
     assert "  address       0x1000  (input)" in text
     assert "  data  68656c6c6f  (checked)" in text
     document = json.loads(run("show", "trace", trace, "--entry", 2, "--json"))

@@ -42,5 +42,8 @@ def diff(*, left: Path, right: Path, context: int, as_json: bool) -> None:
                     for number, entry in side:
                         for line in entry_lines(number, entry):
                             click.echo(f"{mark}{line}")
+        for trace in (one, other):
+            for loss in trace.losses:
+                click.echo(f"damaged: {trace.name}: {loss}", err=True)
     if parting is not None:
         raise SystemExit(1)
