@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import msgpack
@@ -59,11 +60,10 @@ class Codec:
     def __init__(self, kinds: Sequence[RecordSpec], vocabulary: Vocabulary) -> None:
         self.foreign: dict[str, str] = {}
         self.kinds: list[Kind] = []
-        checks: dict[tuple[type, ...], Check] = {}
         for number, spec in enumerate(kinds):
             types = tuple(_wire_type(field) for field in spec.fields)
-            check = checks.setdefault(types, _make_check(types))
-            self.kinds.append(Kind(number, spec.is_step, self._class_of(spec, vocabulary), check, spec, {}))
+            cls = self._class_of(spec, vocabulary)
+            self.kinds.append(Kind(number, spec.is_step, cls, _make_check(types), spec, {}))
         self.vocabulary = Vocabulary({kind.spec.kind: kind.cls for kind in self.kinds})
         self._by_number = dict(enumerate(self.kinds))
         self._by_class = {kind.cls: kind for kind in self.kinds}
@@ -216,6 +216,7 @@ def _words(spec: RecordSpec) -> str:
     return f"{spec.kind}({fields})"
 
 
+@cache
 def _make_check(types: tuple[type, ...]) -> Check:
     """One generated expression over a record's values: all types at once, then signs, then what tuples hold.
 

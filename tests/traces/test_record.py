@@ -269,7 +269,7 @@ def test_without_machine():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("all_of_them", [False, True])
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_pytest_keeps_the_traces_of_failing_tests(tmp_path: Path, all_of_them):
     (tmp_path / "test_it.py").write_text(TEST_FILE)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--sevlab-record={tmp_path / 'kept'}"]
