@@ -28,7 +28,8 @@ MAX_DEPTH = 8
 """Deepest nesting of a tuple field."""
 
 CACHED_RECORDS = 1 << 12
-"""Packed outcome records that the writer keeps for each kind."""
+CACHED_BYTES = 256
+"""Packed outcome records that the writer keeps for each kind, and how long one may be: at most a megabyte a kind."""
 
 END = b"\xc0"
 """A nil behind the block: it is the last value unless the last record swallowed it."""
@@ -120,7 +121,8 @@ class Codec:
             data = self._packed((kind.number, *values), record)
             if len(kind.packed) >= CACHED_RECORDS:
                 kind.packed.clear()
-            kind.packed[values] = data
+            if len(data) <= CACHED_BYTES:
+                kind.packed[values] = data
         return kind.number, data
 
     def _packed(self, array: tuple[Any, ...], record: Record) -> bytes:
