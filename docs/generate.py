@@ -25,6 +25,14 @@ FOLDER = Path(__file__).parent / "reference"
 MARK = "<!-- made by docs/generate.py from the declarations; do not edit -->\n"
 
 TABLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "sev_es": (
+        ("Policy switches", "sevlab.plugins.sev_es.matrix:options_table"),
+        ("NAE events", "sevlab.plugins.sev_es.matrix:events_table"),
+        ("Each field of each event, and the answer", "sevlab.plugins.sev_es.matrix:markdown_table"),
+        ("The MSR protocol", "sevlab.plugins.sev_es.matrix:msr_table"),
+        ("Termination reasons", "sevlab.plugins.sev_es.matrix:termination_table"),
+        ("Automatic exits and #VC", "sevlab.plugins.sev_es.exits:markdown_table"),
+    ),
     "io": (
         ("Which form of an access who can serve", "sevlab.plugins.io.coverage:markdown_table"),
         ("Which event is served how", "sevlab.plugins.io.feasibility:markdown_table"),

@@ -83,7 +83,8 @@ class Case(NamedTuple):
     """One input field of an event with one value, and the exact result: SW_EXITINFO1 and 2.
 
     `kind` is "absent" (not marked valid), "zero", "limit", "past" (the first beyond it) or "reserved". `given` are
-    other fields that differ from the event's example. `expect` None: there is no answer, `note` says why.
+    other fields that differ from the event's example. `expect` None: there is no answer, `note` says why. `returns`
+    names the registers marked valid (None: those that `expect` names, else the event's outputs when it is done).
     """
 
     field: str
@@ -92,6 +93,7 @@ class Case(NamedTuple):
     expect: Reply | None
     given: Mapping[str, int] = {}
     note: str = ""
+    returns: tuple[str, ...] | None = None
 
 
 class NaeEvent(NamedTuple):

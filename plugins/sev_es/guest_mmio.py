@@ -50,9 +50,9 @@ def mmio(context: VcContext, insn: VcInsn) -> VcHandler:
         return VcResult(Outcome.UNSUPPORTED, reason=NOT_DECODED)
     memory = iced_x86.OpKind.MEMORY
     width = iced_x86.MemorySizeExt.size(raw.memory_size)
-    linear = raw.virtual_address(0 if raw.op0_kind == memory else 1, 0, lambda *place: _register(context, *place))
-    if linear is None or memory not in (raw.op0_kind, raw.op1_kind):
+    if memory not in (raw.op0_kind, raw.op1_kind):
         return VcResult(Outcome.UNSUPPORTED, reason=NOT_DECODED)
+    linear = _linear(context, insn)
     if raw.op0_kind == memory:
         if raw.op1_kind == iced_x86.OpKind.REGISTER:
             value = _get(context, raw.op1_register)
@@ -152,12 +152,20 @@ def _set(context: VcContext, register: int, value: int) -> None:
         setattr(context.regs, name, kept | (value & mask) << low)
 
 
-def _register(context: VcContext, register: int, _element: int, _element_size: int) -> int | None:
-    """What iced-x86 asks for an address: a general register, or the base of a segment."""
+def _linear(context: VcContext, insn: VcInsn) -> int:
+    """The linear address of the memory operand. Source: 24594, 1.7 and 1.2."""
     import iced_x86
 
-    names = iced_x86.Register
-    if names.ES <= register <= names.GS:
-        name = ("es", "cs", "ss", "ds", "fs", "gs")[register - names.ES]
-        return 0 if context.bits == 64 and name not in ("fs", "gs") else int(getattr(context.system, name)[3])
-    return _get(context, register)
+    raw, names = insn.raw, iced_x86.Register
+    offset = raw.memory_displacement
+    if raw.is_ip_rel_memory_operand:
+        offset += context.regs.rip  # the bytes were decoded as if they lay at 0
+    else:
+        if raw.memory_base != names.NONE:
+            offset += _get(context, raw.memory_base)
+        if raw.memory_index != names.NONE:
+            offset += _get(context, raw.memory_index) * raw.memory_index_scale
+    offset &= (1 << insn.address_bits) - 1
+    name = ("es", "cs", "ss", "ds", "fs", "gs")[raw.memory_segment - names.ES]
+    base = 0 if context.bits == 64 and name not in ("fs", "gs") else getattr(context.system, name)[3]
+    return int(offset + base) & (MASK64 if context.bits == 64 else 0xFFFF_FFFF)
