@@ -31,7 +31,7 @@ from sevlab.plugins.sev_es import (
     handle,
 )
 
-from tests.plugins.sev_es.guests import GHCB_GPA, encrypted_machine
+from tests.plugins.sev_es.guests import GHCB_GPA, encrypted_machine, page
 
 LONG = {"cs": (8, 0x29B, 0xFFFF_FFFF, 0), "efer": 0x1501}
 
