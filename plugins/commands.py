@@ -11,6 +11,16 @@ COMMANDS: tuple[CommandSpec, ...] = (
         "Compute the launch digest of an SEV, SEV-ES or SNP guest; compare two of them",
         "sevlab.plugins.snp.commands.measure:measure",
     ),
+    CommandSpec(
+        "verify",
+        "Verify an SNP attestation report against the chain behind its key",
+        "sevlab.plugins.snp.commands.verify:verify",
+        "attest",
+    ),
+    CommandSpec("report", "Decode an attestation report", "sevlab.plugins.snp.commands.show:report", "show"),
+    CommandSpec("certtable", "Decode a certificate table", "sevlab.plugins.snp.commands.show:certtable", "show"),
+    CommandSpec("cert", "Decode certificates: SEV, AMD, X.509", "sevlab.plugins.snp.commands.show:cert", "show"),
+    CommandSpec("chain", "Say who signed whom among certificates", "sevlab.plugins.snp.commands.show:chain", "show"),
 )
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.sev import asids, crypto, identity, transfers, vmsa_slots
-from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm
-from sevlab.plugins.sev.chain import Check
+from sevlab.plugins.sev import asids, certificates, chain, crypto, identity, transfers, vmsa_slots
+from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm, EcPublicKey
+from sevlab.plugins.sev.chain import ARK_ROOTS
+from sevlab.plugins.sev.checks import Check, show_checks
 from sevlab.plugins.sev.command import Family, MailboxCommand, NoBuffer, Request
 from sevlab.plugins.sev.command import markdown_table as command_table
 from sevlab.plugins.sev.command import register as register_commands
@@ -31,7 +32,15 @@ from sevlab.plugins.sev.launch_digest import SevLaunchDigest
 from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
 from sevlab.plugins.sev.numbers import Command, Policy, Status
 from sevlab.plugins.sev.setup import OPTIONS, register
-from sevlab.plugins.sev.signatures import RSA_EXPONENT, RsaKey, pubkey_point, rsa_pss_sign, sign_ecdsa, verify_ecdsa
+from sevlab.plugins.sev.signatures import (
+    RSA_EXPONENT,
+    RsaKey,
+    pubkey_bytes,
+    pubkey_point,
+    rsa_pss_sign,
+    sign_ecdsa,
+    verify_ecdsa,
+)
 from sevlab.plugins.sev.states import GUEST, PLATFORM, GuestState, PlatformState
 from sevlab.plugins.sev.vendor import vendor_key
 
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
 REQUIRES: tuple[str, ...] = ("sme",)
 
 __all__ = [
+    "ARK_ROOTS",
     "GUEST",
     "LEGACY",
     "LEGACY_COMMANDS",
@@ -54,6 +64,7 @@ __all__ = [
     "Check",
     "Command",
     "CoreWbinvd",
+    "EcPublicKey",
     "Family",
     "Gctx",
     "GuestState",
@@ -70,12 +81,15 @@ __all__ = [
     "Status",
     "asids",
     "begin_launch",
+    "certificates",
+    "chain",
     "command_table",
     "crypto",
     "identity",
     "initialise",
     "launch_guest",
     "need",
+    "pubkey_bytes",
     "pubkey_point",
     "public_point",
     "register_commands",
@@ -83,6 +97,7 @@ __all__ = [
     "run",
     "scalar_from_seed",
     "sev_state",
+    "show_checks",
     "sign_ecdsa",
     "stop_guest",
     "transfers",

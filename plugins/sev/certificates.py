@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from hashlib import sha256
+from typing import Any, TypeAlias
 
 from sevlab.core.errors import FormatError
 from sevlab.core.layout import Layout, raw_bytes, u8, u16, u32
-from sevlab.core.layout_tools import read_file_part
+from sevlab.core.layout_tools import read_file_part, to_json
 
 SOURCE = "55766, appendix C"
 
@@ -154,6 +155,27 @@ def usage_of(certificate: Certificate) -> Usage:
 
 
 _USAGES = frozenset(Usage)
+
+
+def describe(certificate: Certificate) -> dict[str, Any]:
+    """What a certificate says, by name; None for an unused slot."""
+    known = {"role": usage_of(certificate).name, "sha256": sha256(certificate.to_bytes()).hexdigest()}
+    if isinstance(certificate, AmdCertificate):
+        header = to_json(AmdCertificateHeader, certificate.header.to_bytes())
+        return known | header | {"exponent": certificate.exponent, "modulus": f"{certificate.modulus:#x}"}
+    key = EcPublicKey.from_bytes(certificate.pubkey)
+    fields: dict[str, Any] = known | {
+        "api": f"{certificate.api_major}.{certificate.api_minor}",
+        "algorithm": Algorithm(certificate.pubkey_algo).name,
+        "curve": Curve(key.curve).name,
+        "qx": f"{int.from_bytes(key.qx, 'little'):#x}",
+        "qy": f"{int.from_bytes(key.qy, 'little'):#x}",
+    }
+    for slot in Slot:
+        usage, algorithm, _ = slot_of(certificate, slot)
+        signer = f"{Usage(usage).name}, {Algorithm(algorithm).name}"
+        fields[f"signature_{slot.value}"] = signer if usage != Usage.INVALID else None
+    return fields
 
 
 # Reading files ----------------------------------------------------------------------------------------------------

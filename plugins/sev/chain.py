@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from sevlab.plugins.sev.certificates import (
     SIGNED_BYTES,
@@ -17,6 +16,7 @@ from sevlab.plugins.sev.certificates import (
     slot_of,
     usage_of,
 )
+from sevlab.plugins.sev.checks import Check
 from sevlab.plugins.sev.crypto import Point
 from sevlab.plugins.sev.signatures import (
     pubkey_bytes,
@@ -25,18 +25,6 @@ from sevlab.plugins.sev.signatures import (
     sign_ecdsa,
     verify_ecdsa,
 )
-
-
-class Check(NamedTuple):
-    """One line of a verification: `subject` is the thing, `field` what of it was looked at."""
-
-    subject: str
-    field: str
-    expected: str
-    got: str
-    passed: bool
-    source: str
-
 
 SOURCE = "55766, appendix C"
 

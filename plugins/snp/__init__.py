@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
 from sevlab.plugins.snp.automata import SNP_GUEST, SNP_PLATFORM
+from sevlab.plugins.snp.cert_table import CertTableRow
 from sevlab.plugins.snp.command_table import COMMAND_LAYOUTS
+from sevlab.plugins.snp.firmware import MetadataHeader, MetadataSection
 from sevlab.plugins.snp.guest_pages import GUEST_PAGE_LAYOUTS
+from sevlab.plugins.snp.id_block import IdAuth, IdBlock
+from sevlab.plugins.snp.kernel_hashes import KernelHashTable
+from sevlab.plugins.snp.launch_digest import PageInfo
 from sevlab.plugins.snp.layout import RmpEntry, RmpState
 from sevlab.plugins.snp.messages import MESSAGE_LAYOUTS
 from sevlab.plugins.snp.records import RMP_RECORDS
@@ -26,6 +32,17 @@ if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
     from sevlab.core.statemachine import StateMachine
+
+OWNER_LAYOUTS: tuple[type[Layout], ...] = (
+    PageInfo,
+    MetadataHeader,
+    MetadataSection,
+    KernelHashTable,
+    IdBlock,
+    IdAuth,
+    CertTableRow,
+)
+"""What a guest's owner and a VMM make and read."""
 
 REQUIRES: tuple[str, ...] = ("sme", "sev", "sev_es")
 
@@ -49,9 +66,29 @@ def sevlab_records() -> tuple[type, ...]:
 
 @hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return (RmpEntry, RmpState, *COMMAND_LAYOUTS, *MESSAGE_LAYOUTS, *GUEST_PAGE_LAYOUTS, *REPORT_LAYOUTS)
+    return (
+        RmpEntry,
+        RmpState,
+        *COMMAND_LAYOUTS,
+        *MESSAGE_LAYOUTS,
+        *GUEST_PAGE_LAYOUTS,
+        *REPORT_LAYOUTS,
+        *OWNER_LAYOUTS,
+    )
 
 
 @hookimpl
 def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
     return (PAGE_STATES, SNP_PLATFORM, SNP_GUEST)
+
+
+@hookimpl
+def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
+    return (
+        DemoChapter(
+            "attestation",
+            "SNP: a real report of a Milan verified against AMD's chain",
+            60,
+            "sevlab.plugins.snp.demo_attestation:chapter",
+        ),
+    )

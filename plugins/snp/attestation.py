@@ -13,7 +13,7 @@ from sevlab.plugins.sev import crypto, identity, sev_state
 from sevlab.plugins.snp import keys
 from sevlab.plugins.snp.chain import sign_report
 from sevlab.plugins.snp.context import SnpGuest, SnpPlatform
-from sevlab.plugins.snp.launch_identity import IdBlockFields
+from sevlab.plugins.snp.id_block import IdBlock
 from sevlab.plugins.snp.report import TURIN_CHIP_ID_BYTES, AttestationReport, KeyInfo, PlatformInfo, SigningKey
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def selected_key(platform: SnpPlatform, guest: SnpGuest, key_sel: int) -> Signin
     return SigningKey.VLEK if vlek else SigningKey.VCEK
 
 
-def id_block_of(guest: SnpGuest) -> IdBlockFields:
+def id_block_of(guest: SnpGuest) -> IdBlock:
     """The guest's ID block; all zero without one."""
-    return IdBlockFields.from_bytes(guest.id_block or bytes(IdBlockFields.SIZE))
+    return IdBlock.from_bytes(guest.id_block or bytes(IdBlock.SIZE))
 
 
 def chip_id_of(machine: Machine) -> bytes:

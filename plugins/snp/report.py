@@ -12,7 +12,6 @@ from enum import IntEnum
 from sevlab.core.errors import FormatError
 from sevlab.core.layout import Layout, bits, flag, raw_bytes, u8, u32, u64
 from sevlab.core.layout_tools import read_file_part, validate
-from sevlab.plugins.snp.launch_digest import PageInfo
 from sevlab.plugins.snp.tcb import Tcb, TcbVersion, TurinTcbVersion
 
 SOURCE = "56860, ATTESTATION_REPORT"
@@ -130,7 +129,6 @@ REPORT_LAYOUTS: tuple[type[Layout], ...] = (
     KeyInfo,
     TcbVersion,
     TurinTcbVersion,
-    PageInfo,
 )
 
 PARTS = (("policy", GuestPolicy), ("platform_info", PlatformInfo), ("key_info", KeyInfo))

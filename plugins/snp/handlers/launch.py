@@ -22,8 +22,9 @@ from sevlab.plugins.snp.handlers.common import (
     range_status,
     write_page,
 )
+from sevlab.plugins.snp.id_block import IdAuth, IdBlock
 from sevlab.plugins.snp.launch_digest import NO_DIGEST, PageType, extend, page_contents
-from sevlab.plugins.snp.launch_identity import IdAuthFields, IdBlockFields, LaunchIdentity, check_identity
+from sevlab.plugins.snp.launch_identity import LaunchIdentity, check_identity
 from sevlab.plugins.snp.layout import VMSA
 from sevlab.plugins.snp.policy import GuestPolicyBit, policy_fits
 from sevlab.plugins.snp.rmp import Entry, change_state, read_entry, write_entry
@@ -244,8 +245,8 @@ def launch_finish(machine: Machine, request: Request[SnpLaunchFinish]) -> Status
 
 def _identity(machine: Machine, guest: SnpGuest, buffer: SnpLaunchFinish) -> LaunchIdentity | Status:
     """What an ID block makes of the launch; both structures are read once."""
-    block = transfers.read(machine, buffer.id_block_spa, IdBlockFields.SIZE)
-    auth = transfers.read(machine, buffer.id_auth_spa, IdAuthFields.SIZE)
+    block = transfers.read(machine, buffer.id_block_spa, IdBlock.SIZE)
+    auth = transfers.read(machine, buffer.id_auth_spa, IdAuth.SIZE)
     if block is None or auth is None:
         return Status.INVALID_ADDRESS
     return check_identity(

@@ -12,7 +12,7 @@ from sevlab.plugins.snp.automata import SnpGuestState
 from sevlab.plugins.snp.buffers import MetadataEntry
 from sevlab.plugins.snp.context import NO_MIGRATION_AGENT, SnpGuest
 from sevlab.plugins.snp.handlers.common import find_guest
-from sevlab.plugins.snp.launch_identity import IdBlockFields
+from sevlab.plugins.snp.id_block import IdBlock
 from sevlab.plugins.snp.messages import (
     EXPORT_BYTES,
     EXPORT_VERSION,
@@ -47,7 +47,7 @@ def export_context(guest: SnpGuest) -> bytes:
         policy=guest.policy,
         state=guest.state,
         oek_iv_count=guest.oek_iv_count,
-        id_block=guest.id_block or bytes(IdBlockFields.SIZE),
+        id_block=guest.id_block or bytes(IdBlock.SIZE),
         gosvw=guest.gosvw,
         desired_tsc_khz=guest.desired_tsc_khz,
         tsc_offset=guest.tsc_offset,
