@@ -70,6 +70,37 @@ class CpuExit(NamedTuple):
     next_rip: Input[int]
 
 
+@step("guest-exit", Boundary.CPU)
+class GuestExit(NamedTuple):
+    """A guest exits, as another hypervisor's log shows it: what the log does not show is not known.
+
+    `rip`, `cs_base`: where the guest is; `exit_code`, `exit_info_1`, `exit_info_2`, `insn`: as in `CpuExit`; `mode`:
+    16, 32 or 64 bit code, 0 unknown; `event`: EXITINTINFO, 0 when not valid; `registers`: values that the log shows;
+    `stored`: what the instruction stored from registers, in order; `answers`: what the world outside gave it, in
+    order; `refused`: the other hypervisor's processor does not have the register; `arrivals`: interrupts that came
+    before the next entry, as (0, vector, level) for a message to the local APIC, (1, line, level) for a line of the
+    board, and (2, line, level) for one that changed after the port access; `ended`: the guest ended an interrupt
+    through shared memory before; `interruptible`: the guest can take an interrupt at the next entry.
+    """
+
+    vcpu: Input[int]
+    rip: Input[int]
+    exit_code: Input[int]
+    exit_info_1: Input[int]
+    exit_info_2: Input[int]
+    insn: Input[bytes]
+    mode: Input[int]
+    cs_base: Input[int]
+    event: Input[int]
+    registers: Input[tuple[tuple[str, int], ...]]
+    stored: Input[tuple[int, ...]]
+    answers: Input[tuple[int, ...]]
+    refused: Input[bool]
+    arrivals: Input[tuple[tuple[int, int, int], ...]]
+    ended: Input[bool]
+    interruptible: Input[bool]
+
+
 @step("registers", Boundary.CPU)
 class SetRegisters(NamedTuple):
     """The guest has these values in its registers: `values` pairs a register name with a 64-bit number."""
@@ -286,6 +317,13 @@ class Scheduled(NamedTuple):
     vcpu: Checked[int]
 
 
+@outcome("supplied", Boundary.DEVICE)
+class Supplied(NamedTuple):
+    """A value that the model did not determine was taken from the step; `what` says which."""
+
+    what: Derived[str]
+
+
 @outcome("asp-status", Boundary.ASP)
 class AspStatus(NamedTuple):
     """A mailbox command is done: `status` as the interface numbers it, `buffer` the command buffer afterwards."""
@@ -309,6 +347,7 @@ class Done(NamedTuple):
 
 KERNEL_RECORDS: tuple[type, ...] = (
     CpuExit,
+    GuestExit,
     SetRegisters,
     MemoryRead,
     MemoryWrite,
@@ -334,6 +373,7 @@ KERNEL_RECORDS: tuple[type, ...] = (
     Unhandled,
     Scheduled,
     Stopped,
+    Supplied,
     AspStatus,
     Refused,
     Done,
