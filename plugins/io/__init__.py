@@ -23,7 +23,7 @@ from sevlab.plugins.io.devices.board import Devices, devices
 from sevlab.plugins.io.devices.fw_cfg import DmaDescriptor
 from sevlab.plugins.io.devices.pic import INITIALISATION
 from sevlab.plugins.io.emulate import Executed, Unsupported, execute
-from sevlab.plugins.io.execution import Bus
+from sevlab.plugins.io.execution import Bus, write_register
 from sevlab.plugins.io.feasibility import EVENTS, Way, way
 from sevlab.plugins.io.injection import inject_exception, inject_software, reinjection
 from sevlab.plugins.io.interrupts import nmi_complete, wake
@@ -76,6 +76,7 @@ __all__ = [
     "reinjection",
     "wake",
     "way",
+    "write_register",
 ]
 
 
