@@ -17,6 +17,7 @@ import msgpack
 from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.core.errors import ConfigError, TraceFormatError
 from sevlab.core.vocabulary import Boundary, FieldSpec, Record, RecordSpec, Role, Vocabulary, spec_of
+from sevlab.traces.importers.log_records import LOG_RECORDS
 from sevlab.traces.records import TRACE_RECORDS
 
 FORMAT_VERSION = 1
@@ -93,7 +94,7 @@ def vocabulary_of(plugins: Iterable[str], given: Mapping[str, Any] | None = None
 
 def with_trace_records(vocabulary: Vocabulary) -> Vocabulary:
     """A machine's vocabulary with the records that only traces hold."""
-    return Vocabulary(vocabulary.kinds | {spec_of(record).kind: record for record in TRACE_RECORDS})
+    return Vocabulary(vocabulary.kinds | {spec_of(record).kind: record for record in (*TRACE_RECORDS, *LOG_RECORDS)})
 
 
 def declared(vocabulary: Vocabulary) -> tuple[RecordSpec, ...]:

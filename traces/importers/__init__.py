@@ -1,0 +1,1 @@
+"""Importers: logs of real hypervisors and guests to entries of a trace."""

@@ -1,0 +1,239 @@
+"""From event lines to entries: one exchange of a vCPU is one step with what was recorded for it.
+
+Lines are grouped by thread, never by their order in the file: a thread that prints kvm_entry and kvm_exit is a vCPU,
+and `[pre] kvm_exit [body] kvm_entry` is an exchange. Of what lies between entry and exit, the end of an interrupt
+belongs to the exit that follows, anything else to the entry. Lines of other threads, and of a vCPU's thread before its
+first entry, become entries of their own (`HostActivity`). Exchanges come out in the order in which devices served
+them; those without a device, in the order of their entry.
+
+Interrupts reach an APIC in any thread; each is an input of the first exchange of that vCPU that could take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
+from typing import Any
+
+from sevlab.core.events import GuestExit
+from sevlab.core.svm import EVENT_VALID, ExitCode
+from sevlab.core.vocabulary import Record
+from sevlab.traces.importers import kvm_exits as ke
+from sevlab.traces.importers import kvm_host as kh
+from sevlab.traces.importers import kvm_interrupts as ki
+from sevlab.traces.importers.lines import Line
+from sevlab.traces.importers.log_records import Entered, ExitEvent, Gap, HostActivity
+from sevlab.traces.schema import NO_VCPU, Entry
+
+MODES = {"real": 16, "vm16": 16, "prot16": 16, "prot32": 32, "prot64": 64}
+IOIO_IN, IOIO_STRING = 1 << 0, 1 << 2
+MASK32 = 0xFFFF_FFFF
+FIXED_MODES = (0, 1)
+"""Delivery modes whose message sets a bit of the IRR: fixed and lowest priority."""
+
+
+class _Thread:
+    """One host thread. `exit` is the kvm_exit under way, `body` the records since the last exit or entry.
+
+    `served`: the position in the log where a device served the exit, 0 before.
+    """
+
+    __slots__ = ("arrivals", "body", "exit", "inside", "served", "started", "tid", "vcpu")
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.vcpu = NO_VCPU
+        self.inside = False
+        self.exit: Any = None
+        self.started = 0
+        self.served = 0
+        self.body: list[Any] = []
+        self.arrivals: tuple[tuple[int, int, int], ...] | None = None
+
+
+class Exchanges:
+    """Groups lines; counts `exchanges`, `unfinished` ones, and numbers that the log's layout does not print."""
+
+    def __init__(self) -> None:
+        self.exchanges = 0
+        self.unfinished = 0
+        self.absent = 0
+        self.vcpus = 0
+        self._arrived: dict[int, list[tuple[int, int, int]]] = {}
+        self._boot: _Thread | None = None
+        self._threads: dict[int, _Thread] = {}
+        self._done: list[tuple[int, Entry]] = []
+
+    def entries(self, lines: Iterable[Line]) -> Iterator[Entry]:
+        """The entries of `lines`."""
+        threads = self._threads
+        for position, (tid, time_ns, _, record) in enumerate(lines, 1):
+            thread = threads.get(tid)
+            if thread is None:
+                thread = threads[tid] = _Thread(tid)
+            kind = type(record)
+            action = ACTIONS.get(kind)
+            if action is None:
+                if thread.exit is not None or thread.inside:
+                    thread.body.append(record)
+                else:
+                    yield Entry(time_ns, thread.vcpu, HostActivity(tid), (record,))
+            elif action is ENTER:
+                thread.vcpu, thread.inside = record.vcpu, True
+                if not record.vcpu:
+                    self._boot = thread
+                self.vcpus = max(self.vcpus, record.vcpu + 1)
+                if thread.exit is None:
+                    yield Entry(time_ns, record.vcpu, HostActivity(tid), (*thread.body, record))
+                else:
+                    thread.body.append(record)
+                    self._done.append((thread.served or position, self._exchange(thread, time_ns)))
+                thread.exit, thread.body, thread.served = None, [], 0
+                yield from self._in_order()
+            elif action is LEAVE:
+                thread.exit, thread.started, thread.inside, thread.arrivals = record, time_ns, False, None
+            elif action is LOSE:
+                yield from self._flush(time_ns)
+                yield Entry(0, NO_VCPU, HostActivity(0), (record,))
+            else:
+                if action is ARRIVE:
+                    self._arrive(record)
+                elif action is SERVE:
+                    thread.served = thread.served or position
+                elif thread.vcpu >= 0 and thread.arrivals is None:
+                    thread.arrivals = self._take(thread.vcpu)
+                if thread.exit is not None or thread.inside:
+                    thread.body.append(record)
+                else:
+                    yield Entry(time_ns, thread.vcpu, HostActivity(tid), (record,))
+        yield from self._flush(0)
+
+    def _in_order(self) -> Iterator[Entry]:
+        """What is done and no exchange under way was served before: devices saw the accesses in this order."""
+        done = self._done
+        if len(done) == 1 and self.vcpus == 1:
+            yield done.pop()[1]
+            return
+        under_way = [thread.served for thread in self._threads.values() if thread.exit is not None and thread.served]
+        limit = min(under_way, default=None)
+        done.sort(key=POSITION)
+        while done and (limit is None or done[0][0] < limit):
+            yield done.pop(0)[1]
+
+    def _arrive(self, record: Any) -> None:
+        if type(record) is ki.KvmSetIrq:
+            boot = self._boot
+            served = boot is not None and boot.exit is not None and any(type(one) is ke.KvmPio for one in boot.body)
+            self._arrived.setdefault(0, []).append((2 if served else 1, record.gsi, record.level))
+        elif record.mode in FIXED_MODES:
+            self._arrived.setdefault(record.apic_id, []).append((0, record.vector, int(record.level)))
+
+    def _take(self, vcpu: int) -> tuple[tuple[int, int, int], ...]:
+        arrived = self._arrived.pop(vcpu, None)
+        return tuple(arrived) if arrived else ()
+
+    def _flush(self, time_ns: int) -> Iterator[Entry]:
+        """Give up what is under way: the log ends here, or lost events."""
+        for thread in self._threads.values():
+            if thread.exit is not None:
+                self.unfinished += 1
+                self._done.append((thread.served or END, self._exchange(thread, None)))
+            elif thread.body:
+                yield Entry(time_ns, thread.vcpu, HostActivity(thread.tid), tuple(thread.body))
+        self._threads.clear()
+        self._boot = None
+        yield from self._in_order()
+
+    def _exchange(self, thread: _Thread, entered_ns: int | None) -> Entry:
+        self.exchanges += 1
+        exit_, body = thread.exit, thread.body
+        arrivals = thread.arrivals
+        if arrivals is None:
+            arrivals = self._take(thread.vcpu)
+        recorded: list[Record] = body
+        if exit_.intr_info:
+            recorded = [ExitEvent(exit_.intr_info[0], exit_.error_code[0], exit_.requests), *body]
+        else:
+            self.absent += 3  # vcpu, intr_info, error_code
+        if entered_ns is not None:
+            recorded.append(Entered(entered_ns - thread.started))
+        return Entry(thread.started, thread.vcpu, guest_exit(thread.vcpu, exit_, body, arrivals), tuple(recorded))
+
+
+ENTER, LEAVE, LOSE, ARRIVE, SERVE, INJECT = range(6)
+ACTIONS: dict[type, int] = {
+    ke.KvmEntry: ENTER,
+    ke.KvmExit: LEAVE,
+    Gap: LOSE,
+    ki.KvmApicAcceptIrq: ARRIVE,
+    ki.KvmApicvAcceptIrq: ARRIVE,
+    ki.KvmSetIrq: ARRIVE,
+    ke.KvmPio: SERVE,
+    ke.KvmMmio: SERVE,
+    ki.KvmInjVirq: INJECT,
+}
+"""What a record means for the grouping; any other belongs to what is under way in its thread."""
+
+POSITION = itemgetter(0)
+END = 1 << 63
+
+
+def guest_exit(vcpu: int, exit_: Any, body: list[Any], arrivals: tuple[tuple[int, int, int], ...]) -> GuestExit:
+    """The step of an exchange: what of its lines comes from outside a model of the hypervisor."""
+    insn, mode, cs_base = b"", 0, 0
+    registers: tuple[tuple[str, int], ...] = ()
+    stored: tuple[int, ...] = ()
+    answers: tuple[int, ...] = ()
+    refused = ended = interruptible = False
+    for record in body:
+        kind = type(record)
+        if kind is kh.KvmFpu or kind is ke.KvmEntry:
+            continue
+        if kind is ke.KvmEmulateInsn:
+            insn, mode, cs_base = record.insn, MODES.get(record.mode, 0), record.cs_base
+        elif kind is ke.KvmPio:
+            if record.is_in:
+                answers = (*answers, record.value)
+            else:
+                stored = (*stored, record.value)
+            if exit_.info1 & IOIO_STRING:
+                registers = (("rcx", record.elements),)
+        elif kind is ke.KvmMmio:
+            if record.access == "read":
+                answers = (*answers, record.value)
+            elif record.access == "write":
+                stored = (*stored, record.value)
+        elif kind is ke.KvmMsr:
+            registers = (("rcx", record.number),)
+            refused = record.refused
+            if record.write:
+                stored = (record.value,)
+            else:
+                answers = (record.value,)
+        elif kind is ke.KvmCpuid and not answers:
+            registers = (("rax", record.leaf), ("rcx", record.subleaf))
+            answers = (record.eax, record.ebx, record.ecx, record.edx)
+        elif kind is ke.KvmHypercall:
+            registers = (
+                ("rax", record.number),
+                ("rbx", record.a0),
+                ("rcx", record.a1),
+                ("rdx", record.a2),
+                ("rsi", record.a3),
+            )
+        elif kind is ki.KvmInjVirq:
+            interruptible = interruptible or not record.reinjected
+        elif kind is ki.KvmInjException:
+            refused = refused or (exit_.reason == ExitCode.RDPMC and record.vector == GP)
+        elif kind is ki.KvmPvEoi:
+            ended = True
+    event = 0
+    if exit_.intr_info and exit_.intr_info[0] & EVENT_VALID:
+        event = exit_.error_code[0] << 32 | exit_.intr_info[0]
+    return GuestExit(
+        vcpu, exit_.rip, exit_.reason, exit_.info1, exit_.info2, insn, mode, cs_base, event,
+        registers, stored, answers, refused, arrivals, ended, interruptible,
+    )  # fmt: skip
+
+
+GP = 13

@@ -1,0 +1,112 @@
+"""Replay of an imported log: every exchange through `Machine.apply`, every checked value compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from sevlab.core.config import GuestConfig, MachineConfig
+from sevlab.core.events import GuestExit
+from sevlab.core.machine import Machine
+from sevlab.core.svm import exit_name
+from sevlab.traces.importers.catalogue import GUEST_BYTES, MAX_VCPUS
+from sevlab.traces.importers.log_records import Entered
+from sevlab.traces.replay.kvm_checks import COMPARATORS, HOST_BUSINESS, Context, Exchange, lines_set, remember
+from sevlab.traces.replay.rules import explanation
+from sevlab.traces.replay.tally import Divergence, Tally
+from sevlab.traces.schema import Entry
+
+
+def machine_config(vcpus: int = MAX_VCPUS) -> MachineConfig:
+    """The machine that replays a log of KVM."""
+    return MachineConfig(plugins=("captured",), guests=(GuestConfig(vcpus=vcpus, memory_bytes=GUEST_BYTES),))
+
+
+class Replay:
+    """Replays entries one by one; `tally` counts."""
+
+    def __init__(self, machine: Machine | None = None) -> None:
+        self.machine = machine or Machine(machine_config())
+        self.tally = Tally()
+        self._x = Exchange(Context())
+        self._classes: dict[int, str] = {}
+
+    def run(
+        self,
+        entries: Iterable[Entry],
+        *,
+        until: int | None = None,
+        only: frozenset[str] = frozenset(),
+        stop_at_first: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tally:
+        """Replay `entries`, up to exchange number `until`; `only` compares exits of these classes.
+
+        Every exchange is applied, compared or not: the next ones depend on its state.
+        """
+        tally, done = self.tally, 0
+        for entry in entries:
+            if type(entry.step) is GuestExit:
+                if until is not None and done >= until:
+                    break
+                self.exchange(entry, only)
+                done += 1
+                if progress is not None and not done % 1000:
+                    progress(done)
+                if stop_at_first and tally.divergences:
+                    break
+            else:
+                self._host(entry)
+        return tally
+
+    def _host(self, entry: Entry) -> None:
+        for record in entry.outcome:
+            self.tally.host_lines += 1
+            for check, recorded, computed in lines_set(self._x.context, record):
+                self._compare("host", check, recorded, computed, entry, ())
+
+    def exchange(self, entry: Entry, only: frozenset[str] = frozenset()) -> None:
+        """Apply one exchange and compare."""
+        step, recorded = cast("GuestExit", entry.step), entry.outcome
+        outcome = self.machine.apply(step).records
+        exit_class = self._classes.get(step.exit_code)
+        if exit_class is None:
+            exit_class = self._classes[step.exit_code] = exit_name(step.exit_code).lower()
+        x, tally = self._x, self.tally
+        x.begin(step, recorded, outcome)
+        tally.exchanges[exit_class] += 1
+        for what in x.supplied:
+            tally.inputs[exit_class, what] += 1
+        if not only or exit_class in only:
+            before = tally.checked
+            compared = 0
+            for record in recorded:
+                kind = type(record)
+                comparator = COMPARATORS.get(kind)
+                if comparator is not None:
+                    for check, was, now in comparator(x, record):
+                        compared += 1
+                        before[exit_class, check] += 1
+                        if was != now:
+                            self._differs(exit_class, check, was, now, entry, outcome)
+                elif kind not in HOST_BUSINESS and kind is not Entered:
+                    tally.unchecked[exit_class, kind.SPEC.kind] += 1  # type: ignore[attr-defined]  # a record
+                for check, was, now in lines_set(x.context, record):
+                    self._compare(exit_class, check, was, now, entry, outcome)
+            if not compared:
+                tally.bare[exit_class] += 1
+        remember(x)
+
+    def _compare(self, exit_class: str, check: str, was: Any, now: Any, entry: Entry, outcome: Any) -> None:
+        self.tally.checked[exit_class, check] += 1
+        if was != now:
+            self._differs(exit_class, check, was, now, entry, outcome)
+
+    def _differs(self, exit_class: str, check: str, was: Any, now: Any, entry: Entry, outcome: Any) -> None:
+        rule = explanation(self._x, check, was, now) if exit_class != "host" else ""
+        if rule:
+            self.tally.explained[rule] += 1
+        else:
+            self.tally.diverges(
+                Divergence(self._x.number, exit_class, check, was, now, entry.step, (entry.outcome, outcome))
+            )
