@@ -8,6 +8,7 @@ import pytest
 from sevlab.core.exitinfo import IOIO_IN, IOIO_REP, IOIO_STRING, EventWord, IoioInfo
 from sevlab.core.layout_tools import validate
 from sevlab.core.svm import EventType, ExitCode
+from sevlab.plugins.sev import Command, GuestState, PlatformState, Status, buffers
 from sevlab.plugins.sev_es import (
     MSR_GHCB,
     MSR_SEV_STATUS,
@@ -33,6 +34,7 @@ MSR_VALUES = load_json(GHCB / "msr_protocol.json")
 FLIPS = {
     "ghcb_constants.json": ("value", "offset", "qword_index", "bit"),
     "msr_protocol.json": ("value", "valid"),
+    "mailbox_constants.json": ("id", "code", "sev_data_launch_start", "WORKING", "SUPDATE"),
 }
 
 INFOS = {
@@ -188,3 +190,59 @@ def test_msr_values_decode_as_published(case):
     assert (right and legal) == case["valid"]
     if case["valid"]:
         assert fields_of(case["kind"], value) == case["fields"]
+
+
+MAILBOX = load_json(GHCB / "mailbox_constants.json")
+
+LINUX_BUFFERS = {
+    "sev_data_init": buffers.Init,
+    "sev_data_init_ex": buffers.InitEx,
+    "sev_data_pek_csr": buffers.OneBlob,
+    "sev_data_pek_cert_import": buffers.PekCertImport,
+    "sev_data_download_firmware": buffers.OneBlob,
+    "sev_data_get_id": buffers.OneBlob,
+    "sev_data_pdh_cert_export": buffers.PdhCertExport,
+    "sev_data_decommission": buffers.HandleOnly,
+    "sev_data_activate": buffers.Activate,
+    "sev_data_deactivate": buffers.HandleOnly,
+    "sev_data_guest_status": buffers.GuestStatus,
+    "sev_data_launch_start": buffers.LaunchStart,
+    "sev_data_launch_update_data": buffers.LaunchUpdate,
+    "sev_data_launch_update_vmsa": buffers.LaunchUpdate,
+    "sev_data_launch_measure": buffers.LaunchMeasure,
+    "sev_data_launch_secret": buffers.Transport,
+    "sev_data_launch_finish": buffers.HandleOnly,
+    "sev_data_send_start": buffers.SendStart,
+    "sev_data_send_update_data": buffers.Transport,
+    "sev_data_receive_start": buffers.LaunchStart,
+    "sev_data_receive_update_data": buffers.Transport,
+    "sev_data_dbg": buffers.Debug,
+    "sev_data_attestation_report": buffers.Attestation,
+    "sev_user_data_status": buffers.PlatformStatus,
+}
+
+
+def test_mailbox_commands_have_the_numbers_of_two_sources():
+    for case in MAILBOX["commands"]:
+        assert Command[case["name"]] == int(case["id"], 16), case
+        assert case["agree"] == (len(set(case["sources"].values())) == 1)
+    assert {int(case["id"], 16) for case in MAILBOX["commands"]} <= set(map(int, Command))
+
+
+def test_mailbox_statuses_have_the_numbers_and_names_of_all_sources():
+    for case in MAILBOX["status_codes"]:
+        member = Status(int(case["code"], 16))
+        assert member.name in case["names"].values(), case
+    assert {int(case["code"], 16) for case in MAILBOX["status_codes"]} == set(map(int, Status))
+
+
+def test_command_buffers_are_as_long_as_in_linux():
+    sizes = MAILBOX["command_buffer_sizes_linux"]
+    assert {name: layout.SIZE for name, layout in LINUX_BUFFERS.items()} == {
+        name: sizes[name] for name in LINUX_BUFFERS
+    }
+
+
+def test_states_have_the_numbers_of_sev_tool():
+    assert {state.name: state.value for state in PlatformState} == MAILBOX["platform_states"]
+    assert {state.name: state.value for state in GuestState} == MAILBOX["sev_guest_states_sev_tool"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from sevlab.core.config import GuestConfig
 from sevlab.core.events import CacheOp, Done, Refused
 from sevlab.core.testing import make_machine
 from sevlab.plugins import sev
@@ -333,8 +334,6 @@ def test_a_vmsa_is_swapped_only_as_what_it_is():
 
 
 def test_large_pages_are_swapped_whole():
-    from sevlab.core.config import GuestConfig
-
     machine = make_machine("sev", guests=(GuestConfig(memory_bytes=4 << 20),))
     guest = sev.launch_guest(machine, 0, loads={0: PLAINTEXT})
     spa = machine.hypervisor.vms[0].memory_spa

@@ -12,6 +12,7 @@ from sevlab.plugins.sev.firmware import FirmwareHeader, make_image
 from sevlab.plugins.sev.layout import CERTIFICATE_BYTES, CHAIN_BYTES
 from sevlab.plugins.sev.nvram import NV_AREA_BYTES, STORED_BYTES
 from sevlab.plugins.sev.vendor import signed_by_vendor, vendor_certificate
+from sevlab.plugins.sme import sme_state
 
 from tests.plugins.sev.world import PAGE, World, rejected
 
@@ -196,8 +197,6 @@ def test_init_needs_memory_encryption():
 
 
 def test_snp_en_asks_for_an_initialised_rmp_before_init(world):
-    from sevlab.plugins.sme import sme_state
-
     world.need(Command.SHUTDOWN)
     sme_state(world.machine).syscfg |= 1 << 24
     assert rejected(world.machine, Command.INIT) == Status.INVALID_PLATFORM_STATE
