@@ -12,6 +12,25 @@ COMMANDS: tuple[CommandSpec, ...] = (
         "sevlab.plugins.snp.commands.measure:measure",
     ),
     CommandSpec(
+        "session",
+        "Open an SEV session with a platform, from its PDH and chain",
+        "sevlab.plugins.sev.commands.attest:session",
+        "attest",
+    ),
+    CommandSpec(
+        "verify-measurement",
+        "Verify what LAUNCH_MEASURE gave for an SEV guest",
+        "sevlab.plugins.sev.commands.attest:verify_measurement",
+        "attest",
+    ),
+    CommandSpec("secret", "Seal a launch secret", "sevlab.plugins.sev.commands.attest:secret", "attest"),
+    CommandSpec(
+        "verify-chain",
+        "Verify an SEV platform's chain of certificates",
+        "sevlab.plugins.sev.commands.attest:verify_chain_",
+        "attest",
+    ),
+    CommandSpec(
         "verify",
         "Verify an SNP attestation report against the chain behind its key",
         "sevlab.plugins.snp.commands.verify:verify",

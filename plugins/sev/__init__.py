@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.sev import asids, certificates, chain, crypto, identity, transfers, vmsa_slots
+from sevlab.plugins.sev import asids, certificates, chain, crypto, identity, owner, transfers, vmsa_slots
 from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm, EcPublicKey
 from sevlab.plugins.sev.chain import ARK_ROOTS
 from sevlab.plugins.sev.checks import Check, show_checks
@@ -89,6 +89,7 @@ __all__ = [
     "initialise",
     "launch_guest",
     "need",
+    "owner",
     "pubkey_bytes",
     "pubkey_point",
     "public_point",
@@ -124,7 +125,7 @@ def sevlab_records() -> tuple[type, ...]:
 
 @hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return LAYOUTS + CERTIFICATE_LAYOUTS
+    return (*LAYOUTS, *CERTIFICATE_LAYOUTS, owner.SecretEntry)
 
 
 @hookimpl

@@ -32,6 +32,7 @@ def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
             click.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.subject:<7} {check.field:<22} {check.got}")
             if not check.passed:
                 click.echo(f"      expected: {check.expected}   (source: {check.source})")
-        click.echo(f"{len(checks)} checks, {failed} failed" if failed else f"{len(checks)} checks passed")
+        count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
+        click.echo(f"{count}, {failed} failed" if failed else f"{count} passed")
     if failed:
         click.get_current_context().exit(EXIT_NO)

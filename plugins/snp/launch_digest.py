@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple
 
 from sevlab.core.layout import Layout, flag, raw_bytes, u8, u16, u64
@@ -80,18 +81,23 @@ def extend(
 
     `contents`: 48 bytes from `page_contents`; `gpa`: address of the page; `permissions`: masks of VMPL1 to VMPL3.
     """
+    info = launch_digest + contents + _description(page_type, imi_page, permissions) + gpa.to_bytes(8, "little")
+    return hashlib.sha384(info).digest()
+
+
+@cache
+def _description(page_type: int, imi_page: bool, permissions: tuple[int, int, int]) -> bytes:  # noqa: FBT001
+    """The bytes of `PageInfo` between contents and GPA, the same for most pages of a launch."""
+    vmpl1, vmpl2, vmpl3 = permissions
     info = PageInfo.build(
-        digest_cur=launch_digest,
-        contents=contents,
         length=PageInfo.SIZE,
         page_type=page_type,
         imi_page=int(imi_page),
-        vmpl1_perms=permissions[0],
-        vmpl2_perms=permissions[1],
-        vmpl3_perms=permissions[2],
-        gpa=gpa,
+        vmpl1_perms=vmpl1,
+        vmpl2_perms=vmpl2,
+        vmpl3_perms=vmpl3,
     )
-    return hashlib.sha384(info).digest()
+    return info[2 * DIGEST_BYTES : PageInfo.FIELDS["gpa"].offset]
 
 
 class LaunchDigest:

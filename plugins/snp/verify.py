@@ -236,8 +236,8 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            out |= flatten(value, f"{prefix}{name}.")
             out[f"{prefix}{name}"] = value["raw"]
+            out |= flatten({part: item for part, item in value.items() if part != "raw"}, f"{prefix}{name}.")
         else:
             out[f"{prefix}{name}"] = value
     return out

@@ -154,6 +154,8 @@ def measure(
         firmware_digest=snp_ovmf_hash,
         svsm=_svsm(svsm, vars_size, vars_file, image) if mode == "snp:svsm" else None,
     )
+    if inputs.profile == "ec2":
+        click.echo("note: published tools disagree about EC2's initial RDX, 0 or 0x600; measured is 0", err=True)
     vmsas = _vmsas(inputs)
     result = _measure(inputs, vmsas, log=as_json)
     if dump_vmsa:

@@ -1,0 +1,1 @@
+"""Commands that need SEV; imported when they are called."""
