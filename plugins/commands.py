@@ -6,6 +6,10 @@ from sevlab.core.cliapi import CommandSpec
 from sevlab.core.hookspecs import hookimpl
 
 COMMANDS: tuple[CommandSpec, ...] = (
+    CommandSpec("ghcb", "Decode a GHCB page", "sevlab.plugins.sev_es.commands.show:ghcb", "show"),
+    CommandSpec("ghcb-msr", "Decode a value of the GHCB MSR", "sevlab.plugins.sev_es.commands.show:ghcb_msr", "show"),
+    CommandSpec("vmsa", "Decode a VMSA page", "sevlab.plugins.sev_es.commands.show:vmsa", "show"),
+    CommandSpec("exitinfo", "Decode EXITINFO1 of an exit", "sevlab.plugins.sev_es.commands.show:exitinfo", "show"),
     CommandSpec(
         "measure",
         "Compute the launch digest of an SEV, SEV-ES or SNP guest; compare two of them",

@@ -75,7 +75,9 @@ EVENTS: dict[int, Feasibility] = {
     ExitCode.INVLPGA: Feasibility(H, H, N),
     ExitCode.IOIO: Feasibility(H, H, G),
     ExitCode.MSR: Feasibility(H, H, G),
-    ExitCode.TASK_SWITCH: Feasibility(R, R, R, "needs the TSS and the instruction, and there is never a next RIP"),
+    ExitCode.TASK_SWITCH: Feasibility(
+        R, R, G, "needs the TSS and the instruction, and there is never a next RIP; no #VC handler serves it"
+    ),
     ExitCode.SHUTDOWN: Feasibility(H, H, H),
     ExitCode.VMMCALL: Feasibility(H, H, G),
     ExitCode.MONITOR: Feasibility(H, H, G),

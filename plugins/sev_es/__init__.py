@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
+from sevlab.core.oracle import StateCounter
 from sevlab.plugins.sev_es import guest_driver, hardware, hypervisor, msr_layout, startup
 from sevlab.plugins.sev_es.declare import (
     DONE,
@@ -54,6 +56,7 @@ from sevlab.plugins.sev_es.io_events import EVENTS as IO_EVENTS
 from sevlab.plugins.sev_es.io_events import KVM_6_12, SHARED_BUFFER
 from sevlab.plugins.sev_es.msr_layout import MSR_GHCB, MSR_SEV_STATUS, MsrInfo
 from sevlab.plugins.sev_es.msr_requests import REQUESTS
+from sevlab.plugins.sev_es.order import CONVERSATION, Broken, Exchange, OrderState, check, check_vc
 from sevlab.plugins.sev_es.profiles import PROFILES, RESET_EIP, VmsaProfile, initial_vmsa
 from sevlab.plugins.sev_es.records import (
     RECORDS,
@@ -79,12 +82,17 @@ from sevlab.plugins.sev_es.states import OPTIONS, Hold, SevEsState, sev_es_state
 from sevlab.plugins.sev_es.vmsa import SevFeatures, Vmsa, segment_bytes, segment_of
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
+    from sevlab.core.machine import Machine
+    from sevlab.core.statemachine import StateMachine
 
 REQUIRES: tuple[str, ...] = ("sme", "sev")
 
 __all__ = [
+    "CONVERSATION",
     "DONE",
     "GENERAL_PROTECTION",
     "HANDLERS",
@@ -103,7 +111,9 @@ __all__ = [
     "SHARED_BUFFER_OFFSET",
     "VALID_BITS",
     "ApJumpTable",
+    "Broken",
     "Case",
+    "Exchange",
     "ExitClass",
     "ForgeMsr",
     "ForgeReply",
@@ -125,6 +135,7 @@ __all__ = [
     "NaeEvent",
     "Need",
     "NmiInside",
+    "OrderState",
     "OrderWarning",
     "Outcome",
     "PageExit",
@@ -146,6 +157,8 @@ __all__ = [
     "VmsaProfile",
     "before_setup",
     "call",
+    "check",
+    "check_vc",
     "exception",
     "exit_class",
     "ghcb_window",
@@ -187,6 +200,36 @@ def sevlab_register(builder: PluginBuilder) -> None:
     runs = builder.options["guest"] != "none"
     hardware.register(builder, guest.handle_vc if runs else None)
     startup.register(builder, guest.woken if runs else None)
+
+
+@hookimpl
+def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
+    return (CONVERSATION,)
+
+
+@hookimpl
+def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
+    return (
+        DemoChapter(
+            "sev_es",
+            "SEV-ES: a guest whose registers nobody sees prints through the GHCB",
+            40,
+            "sevlab.plugins.sev_es.demo:chapter",
+        ),
+    )
+
+
+@hookimpl
+def sevlab_state_counters() -> tuple[StateCounter, ...]:
+    return (StateCounter("sev_es.hold", _holds), StateCounter("sev_es.conversation", _stages))
+
+
+def _holds(machine: Machine) -> tuple[str, ...]:
+    return tuple(Hold(vcpu.hold).name for vcpu in sev_es_state(machine).vcpus.values())
+
+
+def _stages(machine: Machine) -> tuple[str, ...]:
+    return tuple(vcpu.stage.name for vcpu in sev_es_state(machine).order.vcpus.values())
 
 
 @hookimpl

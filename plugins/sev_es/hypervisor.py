@@ -26,9 +26,10 @@ from sevlab.plugins.sev_es.declare import (
 from sevlab.plugins.sev_es.ghcb import VALID_BITS, Ghcb, Reason, Usage, valid_mask
 from sevlab.plugins.sev_es.hyperv import hypercall
 from sevlab.plugins.sev_es.msr_layout import INFO_MASK
-from sevlab.plugins.sev_es.records import GhcbReply, MsrReply, VmgexitIgnored
+from sevlab.plugins.sev_es.order import Exchange, check
+from sevlab.plugins.sev_es.records import GhcbReply, MsrReply, OrderWarning, VmgexitIgnored
 from sevlab.plugins.sev_es.scratch import Scratch, find_scratch
-from sevlab.plugins.sev_es.states import vcpu_protocol, vm_protocol
+from sevlab.plugins.sev_es.states import sev_es_state, vcpu_protocol, vm_protocol
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
@@ -110,11 +111,12 @@ def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, r
 class Dispatcher:
     """Both protocols of one machine; the policy switches are fixed when it is composed."""
 
-    __slots__ = ("_events", "_hyperv", "_newest", "_reply_all", "_requests", "_version_max")
+    __slots__ = ("_events", "_hyperv", "_newest", "_order", "_reply_all", "_requests", "_version_max")
 
     def __init__(self, builder: PluginBuilder) -> None:
         self._newest = builder.options["checks"] == "kvm-2026"
         self._reply_all = builder.options["reply"] == "all"
+        self._order = bool(builder.options["order"])
         self._hyperv = builder.options["usage"] == "hyperv"
         self._version_max = int(builder.options["protocol_max"])
         self._events: dict[int, Compiled] = {}
@@ -128,6 +130,8 @@ class Dispatcher:
     def vmgexit(self, machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
         """The exit handler of VMGEXIT. Source: 56421, 2.1; Linux arch/x86/kvm/svm/sev.c (sev_handle_vmgexit)."""
         msr = vcpu.vmcb.ghcb_gpa
+        if self._order:
+            warn(machine, vcpu, msr)
         if msr & INFO_MASK:
             self._msr(machine, vcpu, msr)
         else:
@@ -231,6 +235,30 @@ def _with_all_registers(reply: Reply, page: bytes, valid: int) -> Reply:
         if getattr(reply, name) is None
     }
     return reply._replace(**before)
+
+
+def warn(machine: Machine, vcpu: Vcpu, msr: int) -> None:
+    """Let the order checker look at a VMGEXIT, without a counted fetch: it is no part of the hypervisor."""
+    page, shared = None, True
+    if msr and not msr & INFO_MASK:
+        spa = machine.access.translate_gpa(vcpu, msr)
+        if spa is None:
+            return
+        page = Ghcb.from_bytes(machine.memory.read(spa, PAGE_BYTES, None))
+        owner = machine.memory.pages.get(spa // PAGE_BYTES)
+        shared = owner is None or owner.key is None
+    state = sev_es_state(machine)
+    exchange = Exchange(
+        vcpu.vcpu_id,
+        msr,
+        page,
+        boot=vcpu.vcpu_id == machine.vm_of(vcpu).vcpu_ids[0],
+        snp=vm_protocol(machine, vcpu).snp,
+        shared=shared,
+        features=state.features,
+    )
+    for broken in check(state.order, exchange):
+        machine.emit(OrderWarning(vcpu.vcpu_id, broken.rule, broken.message))
 
 
 def ghcb_window(machine: Machine, vcpu: Vcpu) -> SharedBuffer | None:

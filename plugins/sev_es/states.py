@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from sevlab.core.config import Option
 from sevlab.core.state import StateDict, Stateful, new
+from sevlab.plugins.sev_es.order import OrderState
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
@@ -84,6 +85,8 @@ class SevEsState(Stateful):
     loaded: StateDict[int, int] = new(StateDict)
     """By vCPU: the SPA of the save area whose state the processor has."""
     forged: StateDict[int, tuple[tuple[int, bytes], ...]] = new(StateDict)
+    order: OrderState = new(OrderState)
+    """Of the order checker, while it is on; one for all VMs of the machine."""
     forged_msr: StateDict[int, int] = new(StateDict)
 
 

@@ -11,7 +11,7 @@ from sevlab.core.hookspecs import hookimpl
 from sevlab.core.hypercall import CodeMode, HypercallEnd, code_mode
 from sevlab.core.svm import EventType, ExitCode, Vector, event, exit_name
 from sevlab.core.testing import assert_resets, make_machine
-from sevlab.plugins import io, sev
+from sevlab.plugins import io, sev, sev_es
 from sevlab.plugins.io.feasibility import EVENTS, Feasibility, Way
 from sevlab.plugins.io.modes import Mode
 
@@ -50,7 +50,15 @@ def sev_machine():
     return machine
 
 
-COMPOSED_OF = {Mode.PLAIN: machine_of, Mode.SEV: sev_machine}
+def sev_es_machine():
+    """A guest with encrypted registers, launched with a VMSA; its #VC handler is not run."""
+    machine = make_machine("io", "sev", "sev_es", guests=(GuestConfig(memory_bytes=1 << 20),))
+    sev.launch_guest(machine, 0, policy=sev.Policy.ES, vmsas=[sev_es.initial_vmsa()])
+    sev_es.set_up_vcpus(machine, 0)
+    return machine
+
+
+COMPOSED_OF = {Mode.PLAIN: machine_of, Mode.SEV: sev_machine, Mode.SEV_ES: sev_es_machine}
 """How to make a guest of each mode; a mode whose plugin does not make guests yet is reported as missing."""
 
 
@@ -71,6 +79,7 @@ def test_each_event_is_served_in_its_way(code, mode):
         outcome = leave(machine, code, info1, 0x1001 if code == ExitCode.IOIO else 0)
     assert (outcome.first(VmExit) is not None) == (way is not Way.GUEST and way is not Way.NATIVE)
     assert (outcome.first(io.Unserved) is not None) == (way is Way.REFUSED)
+    assert (outcome.first(sev_es.VcDelivered) is not None) == (mode is Mode.SEV_ES and outcome.first(VmExit) is None)
     if way is Way.HYPERVISOR and code not in (ExitCode.SHUTDOWN, ExitCode.HLT):
         assert outcome.first(Resumed) is not None
 
