@@ -25,6 +25,7 @@ FOLDER = Path(__file__).parent / "reference"
 MARK = "<!-- made by docs/generate.py from the declarations; do not edit -->\n"
 
 TABLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "sev": (("Commands", "sevlab.plugins.sev.legacy:markdown_tables"),),
     "sev_es": (
         ("Policy switches", "sevlab.plugins.sev_es.matrix:options_table"),
         ("NAE events", "sevlab.plugins.sev_es.matrix:events_table"),

@@ -40,6 +40,9 @@ COMMANDS: tuple[CommandSpec, ...] = (
         "sevlab.plugins.snp.commands.verify:verify",
         "attest",
     ),
+    CommandSpec(
+        "command", "Decode a command buffer of the SEV mailbox", "sevlab.plugins.snp.commands.command:command", "show"
+    ),
     CommandSpec("report", "Decode an attestation report", "sevlab.plugins.snp.commands.show:report", "show"),
     CommandSpec("certtable", "Decode a certificate table", "sevlab.plugins.snp.commands.show:certtable", "show"),
     CommandSpec("cert", "Decode certificates: SEV, AMD, X.509", "sevlab.plugins.snp.commands.show:cert", "show"),

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
+from sevlab.core.oracle import StateCounter
 from sevlab.plugins.sev import asids, certificates, chain, crypto, identity, owner, transfers, vmsa_slots
 from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm, EcPublicKey
 from sevlab.plugins.sev.chain import ARK_ROOTS
@@ -31,6 +33,7 @@ from sevlab.plugins.sev.host import CoreWbinvd
 from sevlab.plugins.sev.launch_digest import SevLaunchDigest
 from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
 from sevlab.plugins.sev.numbers import Command, Policy, Status
+from sevlab.plugins.sev.nvfile import NvFile
 from sevlab.plugins.sev.setup import OPTIONS, register
 from sevlab.plugins.sev.signatures import (
     RSA_EXPONENT,
@@ -71,6 +74,7 @@ __all__ = [
     "Launched",
     "MailboxCommand",
     "NoBuffer",
+    "NvFile",
     "PlatformState",
     "Point",
     "Policy",
@@ -131,3 +135,25 @@ def sevlab_layouts() -> tuple[type[Layout], ...]:
 @hookimpl
 def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
     return (PLATFORM, GUEST)
+
+
+@hookimpl
+def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
+    return (
+        DemoChapter(
+            "sev",
+            "SEV: an owner launches a guest, and only the guest can read the owner's secret",
+            20,
+            "sevlab.plugins.sev.demo:chapter",
+        ),
+    )
+
+
+@hookimpl
+def sevlab_state_counters() -> tuple[StateCounter, ...]:
+    return (
+        StateCounter(PLATFORM.name, lambda machine: (sev_state(machine).state.name,)),
+        StateCounter(
+            GUEST.name, lambda machine: tuple(guest.state.name for guest in sev_state(machine).guests.values())
+        ),
+    )

@@ -77,8 +77,8 @@ class MailboxCommand:
 
     @property
     def summary(self) -> str:
-        """First sentence of the handler's documentation."""
-        return " ".join((self.handler.__doc__ or "").split("\n\n")[0].split())
+        """First paragraph of the handler's documentation, without the source."""
+        return " ".join((self.handler.__doc__ or "").split("\n\n")[0].partition("Source:")[0].split())
 
 
 class Family(NamedTuple):

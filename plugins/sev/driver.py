@@ -118,24 +118,30 @@ def get(machine: Machine, spa: int, length_bytes: int) -> bytes:
 # Platform -----------------------------------------------------------------------------------------------------------
 
 
-def initialise(machine: Machine, *, es: bool = False) -> None:
-    """Turn memory encryption on and run INIT, with a TMR for SEV-ES; nothing to do when it was done before."""
+def enable_encryption(machine: Machine) -> None:
+    """Set SYSCFG.MemEncryptionModEn, without which the firmware refuses INIT."""
     syscfg = machine.apply(HostMsr(SYSCFG, False, 0)).first(Value)
     if syscfg is not None and not syscfg.value & MEM_ENCRYPTION_MOD_EN:
         machine.apply(HostMsr(SYSCFG, True, syscfg.value | MEM_ENCRYPTION_MOD_EN))
-    status = need(machine, Command.PLATFORM_STATUS)
-    if status.state != PlatformState.UNINIT:
-        if es and not status.config:
-            raise ConfigError("the platform is initialised without SEV-ES: SHUTDOWN first")
-        return
-    if not es:
-        need(machine, Command.INIT)
-        return
+
+
+def tmr_fields(machine: Machine) -> dict[str, int]:
+    """The fields of INIT and INIT_EX that turn SEV-ES on; the region is allocated once."""
     driver = cast("Driver", machine.components["sev.driver"])
     if not driver.tmr_spa:
         driver.tmr_spa = machine.hypervisor.allocate_pages(PAGE_2M_BYTES // PAGE_BYTES, alignment_bytes=PAGE_2M_BYTES)
     length = PAGE_2M_BYTES if sev_state(machine).rmp_initialised else TMR_BYTES
-    need(machine, Command.INIT, es=1, tmr_spa=driver.tmr_spa, tmr_bytes=length)
+    return {"es": 1, "tmr_spa": driver.tmr_spa, "tmr_bytes": length}
+
+
+def initialise(machine: Machine, *, es: bool = False) -> None:
+    """Turn memory encryption on and run INIT, with a TMR for SEV-ES; nothing to do when it was done before."""
+    enable_encryption(machine)
+    status = need(machine, Command.PLATFORM_STATUS)
+    if status.state == PlatformState.UNINIT:
+        need(machine, Command.INIT, **(tmr_fields(machine) if es else {}))
+    elif es and not status.config:
+        raise ConfigError("the platform is initialised without SEV-ES: SHUTDOWN first")
 
 
 def flush(machine: Machine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sevlab.core.layout import Layout
 from sevlab.plugins.sev import buffers as b
-from sevlab.plugins.sev.command import Family, Handler, MailboxCommand
+from sevlab.plugins.sev.command import Family, Handler, MailboxCommand, markdown_table
 from sevlab.plugins.sev.context import sev_state
 from sevlab.plugins.sev.firmware import FirmwareHeader, download_firmware
 from sevlab.plugins.sev.handlers import debug, guest, keys, launch, migration, platform, swap
@@ -119,3 +119,8 @@ LAYOUTS: tuple[type[Layout], ...] = (
     *dict.fromkeys(declared.buffer for declared in LEGACY_COMMANDS if declared.buffer is not None),
 )
 """The structures of the interface."""
+
+
+def markdown_tables() -> str:
+    """All commands for documentation."""
+    return markdown_table(LEGACY, LEGACY_COMMANDS)

@@ -13,7 +13,7 @@ from sevlab.core import cli
 
 from tests.vectors import ROOT, vector_set
 
-PAGES = ("measure", "attest")
+PAGES = ("measure", "attest", "sev")
 
 
 def commands(page):
