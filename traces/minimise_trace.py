@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sevlab.core.errors import ConfigError
+from sevlab.core.errors import ConfigError, TraceFormatError
 from sevlab.core.oracle import Oracle
 from sevlab.core.vocabulary import Record
 from sevlab.traces.compare import first_difference
@@ -58,7 +58,10 @@ def minimise_finding(
         return [(step, perform(machine, step)) for step in steps]
 
     def shows(steps: tuple[Record, ...]) -> bool:
-        return any(wanted in _shown(outcome) for _, outcome in run(steps))
+        try:
+            return any(wanted in _shown(outcome) for _, outcome in run(steps))
+        except TraceFormatError:  # a state that needs what a dropped step made
+            return False
 
     entries = list(reader)
     steps = tuple(entry.step for entry in entries)
@@ -76,11 +79,12 @@ def minimise_divergence(
 
     def shows(entries: tuple[Entry, ...]) -> bool:
         machine = machine_of(reader.header, given=given, oracles=oracles)
-        for entry in entries:
-            difference = first_difference(entry.outcome, perform(machine, entry.step))
-            if entry is target:
-                return difference is not None and difference[:3] == wanted.difference[:3]
-        return False
+        try:
+            found = [perform(machine, entry.step) for entry in entries]
+        except TraceFormatError:
+            return False
+        difference = first_difference(target.outcome, found[-1])
+        return entries[-1] is target and difference is not None and difference[:3] == wanted.difference[:3]
 
     entries = list(reader.entries(0, wanted.number + 1))
     target = entries[-1]

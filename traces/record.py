@@ -156,7 +156,11 @@ class Recorder:
             self._write_state(now)
 
     def _write_state(self, snapshot: Snapshot | None) -> None:
-        self._write(State(pack_snapshot(snapshot or self.machine.snapshot())))
+        try:
+            state: Record = State(pack_snapshot(snapshot or self.machine.snapshot(), self._known))
+        except TraceFormatError as error:  # what follows will replay from another state, and say so
+            state = Unwritable(str(error))
+        self._write(state)
 
     def _write(self, step: Record, outcome: tuple[Record, ...] = ()) -> None:
         time_ns = self.machine.clock.tsc * 1_000_000_000 // TSC_HZ & MASK64

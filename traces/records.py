@@ -23,7 +23,10 @@ class Mark(NamedTuple):
 
 @step("trace.state", Boundary.SCHEDULER)
 class State(NamedTuple):
-    """The machine was put into a state by other means than steps: `snapshot` as in `traces.machine_state`."""
+    """The machine was put into a state by other means than steps.
+
+    `snapshot` is that state without what is as before, in the form of `traces.machine_state`.
+    """
 
     snapshot: Input[bytes]
 
@@ -35,7 +38,10 @@ class End(NamedTuple):
 
 @step("trace.unwritable", Boundary.SCHEDULER)
 class Unwritable(NamedTuple):
-    """A step, or its outcome, was nothing that a trace can hold (`reason`); what it changed follows as a state."""
+    """A step, its outcome or a state was nothing that a trace can hold: see `reason`.
+
+    What a step changed follows as a state; after a state that cannot be kept the replay may diverge.
+    """
 
     reason: Derived[str]
 

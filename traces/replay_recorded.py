@@ -87,7 +87,7 @@ def _end(machine: Machine, _step: Any) -> None:
 CONTROLS: Mapping[type, Callable[[Machine, Any], None]] = {
     Reset: lambda machine, _step: machine.reset(),
     Mark: lambda machine, _step: machine.mark(),
-    State: lambda machine, step: machine.restore(unpack_snapshot(step.snapshot)),
+    State: lambda machine, step: machine.restore(unpack_snapshot(step.snapshot, machine.snapshot())),
     End: _end,
     Unwritable: lambda _machine, _step: None,
 }
