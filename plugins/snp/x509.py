@@ -168,7 +168,7 @@ def parse_der(der: bytes, name: str = "certificate", *, offset: int = 0) -> SnpC
     except (ValueError, TypeError, UnsupportedAlgorithm, *errors) as error:
         raise FormatError(name, offset, "Certificate", expected="X.509", found=_short(str(error))) from None
     values = {item.oid.dotted_string: item for item in certificate.extensions}
-    amd = {oid: item.value.value for oid, item in values.items() if oid.startswith(AMD_OID)}
+    amd = {oid: item.value.value for oid, item in values.items() if oid.startswith(f"{AMD_OID}.")}
     parsed = _amd_extensions(amd, der, name, offset) if amd else None
     return SnpCertificate(name, der, certificate, serial, parsed)
 

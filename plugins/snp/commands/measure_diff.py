@@ -12,7 +12,9 @@ import click
 from sevlab.core.cli import echo_json
 from sevlab.core.errors import FormatError
 
-FIELDS = ("part", "gpa", "contents", "launch_digest")
+FIELDS = ("part", "page_type", "gpa", "contents", "launch_digest")
+MAY_BE_ABSENT = ("page_type", "gpa")
+"""Pages of SEV and SEV-ES have no type, and their VMSAs no address."""
 
 
 class PageDifference(NamedTuple):
@@ -38,7 +40,7 @@ def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[Pa
 
 
 def _difference(number: int, page: dict[str, Any], a: str | None, b: str | None) -> PageDifference:
-    return PageDifference(number, page["part"], page.get("page_type", ""), page["gpa"] or "", a, b)
+    return PageDifference(number, page["part"], page.get("page_type") or "", page["gpa"] or "", a, b)
 
 
 def _by_place(pages: list[dict[str, Any]]) -> dict[tuple[Any, ...], tuple[int, dict[str, Any]]]:
@@ -75,9 +77,11 @@ def read_measurement(path: Path) -> list[dict[str, Any]]:
     if not isinstance(pages, list):
         raise FormatError(str(path), 0, "pages", expected=expected, found="no list of pages")
     for number, page in enumerate(pages):
+        if not isinstance(page, dict):
+            raise FormatError(str(path), 0, f"pages[{number}]", expected=expected, found=f"{page!r:.40}")
         for field in FIELDS:
-            value = page.get(field) if isinstance(page, dict) else None
-            if not isinstance(value, str) and not (field == "gpa" and isinstance(page, dict) and value is None):
+            value = page.get(field)
+            if not isinstance(value, str) and not (value is None and field in MAY_BE_ABSENT):
                 found = f"{value!r:.40}"
                 raise FormatError(str(path), 0, f"pages[{number}].{field}", expected=expected, found=found)
     return pages

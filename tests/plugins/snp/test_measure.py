@@ -7,12 +7,14 @@ import hashlib
 import pytest
 from sevlab.core.errors import ConfigError, FormatError
 from sevlab.plugins.sev_es import Vmsa
+from sevlab.plugins.snp import driver
 from sevlab.plugins.snp.firmware import parse_firmware
-from sevlab.plugins.snp.kernel_hashes import kernel_hash_table
+from sevlab.plugins.snp.kernel_hashes import hash_page, kernel_hash_table
 from sevlab.plugins.snp.launch_digest import VMSA_GPA, LaunchDigest, PageType
 from sevlab.plugins.snp.measure import add_image, boot_vmsas, measure_sev, measure_snp, measure_svsm, svsm_vmsas
 from sevlab.plugins.snp.vcpu_types import vcpu_signature
 
+from tests.plugins.snp.support import context, snp_machine
 from tests.plugins.snp.test_firmware import ENTRIES, GOOD, SECTIONS, image
 
 TABLE = kernel_hash_table(bytes(32), None, None)
@@ -131,6 +133,22 @@ def test_the_signature_of_a_processor(numbers, eax):
 def test_numbers_that_no_signature_holds_are_refused(numbers):
     with pytest.raises(ConfigError, match=r"vCPU (family|model|stepping)"):
         vcpu_signature(*numbers)
+
+
+@pytest.mark.slow
+def test_the_firmware_measures_what_the_owner_expects():
+    image_of_guest = parse_firmware(GOOD)
+    expected = measure_snp(image_of_guest, vmsas=vmsas(vcpus=2), hash_table=TABLE)
+    machine = snp_machine(memory=16 << 20, vcpus=2)
+    guest = driver.begin_launch(machine, 0)
+    contents = dict(zip((0xFFFFE000, 0xFFFFF000), (GOOD[:4096], GOOD[4096:]), strict=True))
+    contents[0x80F000] = hash_page(TABLE, 0x80FC00)
+    for page in expected.pages[:-2]:
+        launched = driver.LaunchPage(page.gpa, page.page_type, contents.get(page.gpa, bytes(4096)))
+        assert driver.load(machine, 0, guest, launched) == 0
+    for vcpu_id, vmsa in zip(machine.hypervisor.vms[0].vcpu_ids, vmsas(vcpus=2), strict=True):
+        driver.load_vmsa(machine, vcpu_id, guest, vmsa)
+    assert context(machine, guest).launch_digest == expected.value
 
 
 def test_sections_is_what_the_recipe_says():

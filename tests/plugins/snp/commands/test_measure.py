@@ -165,7 +165,12 @@ def test_two_launches_are_compared_page_by_page(tmp_path):
     assert "page" in invoke("diff", two, three).output
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pages": 1}', '{"pages": [1]}', '{"pages": [{"gpa": 5}]}', "\xff"])
+PAGE = '{"pages": [{"part": "", "page_type": [], "gpa": null, "contents": "", "launch_digest": ""}]}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"pages": 1}', '{"pages": [1]}', '{"pages": [{"gpa": 5}]}', "\xff", PAGE]
+)
 def test_a_file_that_is_no_measurement_is_refused(tmp_path, text):
     path = tmp_path / "bad.json"
     path.write_bytes(text.encode("latin-1"))
