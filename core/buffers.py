@@ -8,6 +8,7 @@ the fetch it waits for. That is how a second vCPU is modelled without threads, a
 
 from __future__ import annotations
 
+from functools import cache
 from struct import Struct
 from typing import NamedTuple, Protocol
 
@@ -248,3 +249,27 @@ class SharedBuffer:
         if offset < 0 or offset + width_bytes > self.size:
             raise _overrun("shared write", offset, width_bytes, self.size)
         self._memory.write(self.spa + offset, value.to_bytes(width_bytes, "little"), self.key, self.tag)
+
+    def write_pieces(self, pieces: tuple[tuple[slice, bytes], ...]) -> None:
+        """Store several (place, data), as `write` does each; `place` is a slice of the window as long as the data."""
+        if not self._one_page or self._offset:
+            for place, data in pieces:
+                self.write(place.start, data)
+            return
+        page = self._memory.writable(self._pfn, self.key)
+        content, tags, tag = page.data, page.tags, self.tag
+        if tags is None and page.tag != tag:
+            tags = page.tags = bytearray(_uniform(page.tag))
+        own = _uniform(tag)
+        for place, data in pieces:
+            if place.start < 0 or place.stop > self.size or place.stop - place.start != len(data):
+                raise _overrun("shared write", place.start, len(data), self.size)
+            content[place] = data
+            if tags is not None:
+                tags[place] = own[place]
+
+
+@cache
+def _uniform(tag: int) -> bytes:
+    """The tags of a page that is all one owner's."""
+    return bytes((tag,)) * PAGE_BYTES

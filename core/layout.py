@@ -160,18 +160,19 @@ class Layout(metaclass=_NoDict):
         return cast("Self", cls._decode(bytes(data), version))
 
     @classmethod
-    def decoder(cls, *fields: str, or_zero: Iterable[str] = ()) -> Callable[[bytes], Self]:
+    def decoder(cls, *fields: str, or_zero: Iterable[str] = (), checked: Iterable[str] = ()) -> Callable[[bytes], Self]:
         """A function that decodes only `fields`: for a handler that declares what it reads, and reads it often.
 
-        Those of `or_zero` (decoded too) read 0 when their valid bit is clear. Any other field of its snapshots
+        Those of `or_zero` (decoded too) read 0 when their valid bit is clear; the caller has checked the valid bits of
+        `checked` (decoded too), so that they are not looked at again. Any other field of its snapshots
         raises `InvariantViolation` ("layout.undeclared"). Raises `LayoutError` for an unknown field.
         """
-        wanted = {*fields, *or_zero}
+        wanted = {*fields, *or_zero, *checked}
         for name in wanted:
             if name not in cls.FIELDS:
                 raise LayoutError(f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.FIELDS)}")
         infos = [info for info in cls.FIELDS.values() if info.name in wanted]
-        decode, _ = make_snapshot(cls, infos, frozenset(or_zero))
+        decode, _ = make_snapshot(cls, infos, frozenset(or_zero), frozenset(checked))
         return cast("Callable[[bytes], Self]", decode.__func__)
 
     @classmethod

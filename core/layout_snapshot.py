@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from sevlab.core.layout import Layout
 
 
-def make_snapshot(cls: type[Layout], infos: list[FieldInfo], or_zero: frozenset[str] = frozenset()) -> tuple[Any, type]:
+def make_snapshot(
+    cls: type[Layout],
+    infos: list[FieldInfo],
+    or_zero: frozenset[str] = frozenset(),
+    checked: frozenset[str] = frozenset(),
+) -> tuple[Any, type]:
     """The class of snapshots of the fields `infos` and the function that decodes bytes into one.
 
     The class has a slot for each field, which hides the field's descriptor, so that a read is a plain slot read. A
     field whose valid bit is clear is left unset (0 where `or_zero` names it); `__getattr__`, which Python calls only
-    then, raises.
+    then, raises. The valid bits of `checked` are not looked at: the caller has.
     """
     words: dict[int, FieldInfo] = {}
     for info in infos:
@@ -38,7 +43,7 @@ def make_snapshot(cls: type[Layout], infos: list[FieldInfo], or_zero: frozenset[
     lines.append("    put(item, 'version', version)")
     if items:
         lines.append(f"    {', '.join(items.values())}, = unpack(data, 0)")
-    if cls.VALID_BITMAP is not None:
+    if cls.VALID_BITMAP is not None and any(info.valid_bit and info.name not in checked for info in infos):
         lines.append(f"    valid = int.from_bytes(data[{cls.VALID_BITMAP}:{cls.VALID_BITMAP + 16}], 'little')")
     for info in infos:
         source = items.get((info.offset, info.width_bytes)) if info.name not in alone else None
@@ -51,7 +56,7 @@ def make_snapshot(cls: type[Layout], infos: list[FieldInfo], or_zero: frozenset[
         store = f"put_{info.name}(item, {value})"
         if info.since is not None:
             store = f"put_{info.name}(item, {value} if version is None or version >= {info.since} else None)"
-        if info.valid_bit:
+        if info.valid_bit and info.name not in checked:
             lines.append(f"    if valid >> {info.offset // VALID_BIT_SPAN_BYTES} & 1: {store}")
             if info.name in or_zero:
                 lines.append(f"    else: put_{info.name}(item, 0)")

@@ -153,7 +153,7 @@ class Memory:
         if end <= PAGE_BYTES and 0 <= spa < self.size_bytes:
             page = self.pages.get(spa >> PAGE_SHIFT)
             if page is not None and page.key is key:
-                return bytes(page.data[offset:end])
+                return bytes(page.data if length_bytes == PAGE_BYTES else page.data[offset:end])
             return self._view(page, spa >> PAGE_SHIFT, key)[offset:end]
         return b"".join(
             self.read(start, count, key) if 0 <= start < self.size_bytes else b"\xff" * count

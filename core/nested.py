@@ -116,6 +116,10 @@ def nested_walk(
     return NestedFault(found.error_code | phase, GPA(gpa))
 
 
+RESERVED_BIT = 1 << 49
+"""An address bit beyond the processor's width that is no generation's C-bit."""
+
+
 class NestedTables:
     """One VM's nested tables in memory; every method reads and writes entries through the given functions.
 
@@ -173,6 +177,17 @@ class NestedTables:
         place = self._place(gpa, page_bytes, make=True)
         assert place is not None
         self._write(place, entry)
+
+    def mark_mmio(self, gpa: int) -> None:
+        """Make every access to the 4 KiB page at `gpa` a nested fault with the reserved bit (RSVD) in its code.
+
+        That is how a hypervisor tells an SEV-ES guest that a page is a device's: it becomes #VC. Raises `ConfigError`
+        as `map` does. Source: spec 24593, 15.35.4; Linux arch/x86/kvm/svm/svm.c (svm_adjust_mmio_mask).
+        """
+        self._expect(gpa, PAGE_BYTES)
+        place = self._place(gpa, PAGE_BYTES, make=True)
+        assert place is not None
+        self._write(place, PRESENT | WRITABLE | USER | RESERVED_BIT)
 
     def unmap(self, gpa: int, page_bytes: int) -> None:
         """Remove whatever is mapped in the page of `page_bytes` at `gpa`; a larger mapping is split first.

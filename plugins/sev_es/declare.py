@@ -100,7 +100,8 @@ class NaeEvent(NamedTuple):
     """One NAE event: what it reads, what it returns, how it refuses.
 
     `required` and `optional` name GHCB fields besides the exit code and the two infos, which all events have; an
-    optional one that is not valid reads 0. `scratch` gives the length in bytes of the scratch area that a request
+    optional one that is not valid reads 0. `context` names what else the handler reads that has no valid bit or always
+    is valid (the version, the exit code). `scratch` gives the length in bytes of the scratch area that a request
     needs (0: none). `feature`: bit number of the hypervisor feature behind which the event stands.
     """
 
@@ -108,6 +109,7 @@ class NaeEvent(NamedTuple):
     handler: NaeHandler
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
     needs: tuple[Need, ...] = ()
     outputs: tuple[str, ...] = ()
     scratch: Callable[[Ghcb], int] | None = None

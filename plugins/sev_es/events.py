@@ -89,16 +89,11 @@ def rdpmc(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, scratch: Scratch | None) -> 
 
 
 def cpuid(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, scratch: Scratch | None) -> Reply:
-    """CPUID: leaf in RAX, subleaf in RCX, and the guest's XCR0 where the answer depends on it.
+    """CPUID: leaf in RAX, subleaf in RCX; XCR0 and XSS, which leaf 0Dh depends on, are asked for and not modelled.
 
     Source: 56421, 4.1; Linux arch/x86/kvm/svm/sev.c.
     """
-    if ghcb.xcr0:
-        state = vcpu_protocol(machine, vcpu)
-        if state.xcr0 != ghcb.xcr0:
-            state.xcr0 = ghcb.xcr0
-    eax, ebx, ecx, edx = machine.cpuid(vcpu, ghcb.rax & MASK32, ghcb.rcx & MASK32)
-    return Reply(0, 0, eax, ebx, ecx, edx)
+    return Reply(0, 0, *machine.cpuid(vcpu, ghcb.rax & MASK32, ghcb.rcx & MASK32))
 
 
 def flush_caches(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, scratch: Scratch | None) -> Reply:
@@ -265,7 +260,12 @@ EVENTS: dict[int, NaeEvent] = {
         source=f"{PAGE}; {KVM}",
     ),
     ExitCode.RDTSC: NaeEvent(
-        "RDTSC", rdtsc, outputs=("rax", "rdx"), cases=(*INFOS, *_ignored_infos()), source=f"{PAGE}; {KVM}"
+        "RDTSC",
+        rdtsc,
+        context=("sw_exit_code",),
+        outputs=("rax", "rdx"),
+        cases=(*INFOS, *_ignored_infos()),
+        source=f"{PAGE}; {KVM}",
     ),
     ExitCode.RDPMC: NaeEvent(
         "RDPMC",
@@ -354,7 +354,12 @@ EVENTS: dict[int, NaeEvent] = {
         source=f"{PAGE}; {KVM}",
     ),
     ExitCode.RDTSCP: NaeEvent(
-        "RDTSCP", rdtsc, outputs=("rax", "rcx", "rdx"), cases=(*INFOS, *_ignored_infos()), source=f"{PAGE}; {KVM}"
+        "RDTSCP",
+        rdtsc,
+        context=("sw_exit_code",),
+        outputs=("rax", "rcx", "rdx"),
+        cases=(*INFOS, *_ignored_infos()),
+        source=f"{PAGE}; {KVM}",
     ),
     ExitCode.WBINVD: NaeEvent("WBINVD", flush_caches, cases=(*INFOS, *_ignored_infos()), source=f"{PAGE}; {KVM}"),
     ExitCode.MONITOR: NaeEvent(

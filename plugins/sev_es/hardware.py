@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sevlab.core.builder import Msr
-from sevlab.core.cpu import CONTROL_SEV_ES, FaultUnwind, illegal_state, leave_guest
+from sevlab.core.cpu import CONTROL_NESTED_PAGING, CONTROL_SEV, CONTROL_SEV_ES, FaultUnwind, illegal_state, leave_guest
 from sevlab.core.events import CpuExit, Fault, Faulted, Refused
 from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, Vector
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
@@ -21,7 +21,7 @@ from sevlab.plugins.sev_es.exits import ExitClass, exit_class
 from sevlab.plugins.sev_es.msr_layout import INFO_MASK, MSR_SEV_STATUS
 from sevlab.plugins.sev_es.records import VcDelivered, Vmgexit
 from sevlab.plugins.sev_es.save_area import load_state, state_bytes
-from sevlab.plugins.sev_es.states import sev_es_state, vm_protocol
+from sevlab.plugins.sev_es.states import SevEsState, sev_es_state, vm_protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +40,7 @@ CPUID_ENCRYPTION, CPUID_SEV_ES = 0x8000_001F, 1 << 3
 SEV_ES_ACTIVE = 1 << 1
 VMGEXIT_BYTES = b"\xf3\x0f\x01\xd9"
 WRITE = 1
+ALL_ON = CONTROL_NESTED_PAGING | CONTROL_SEV | CONTROL_SEV_ES
 
 
 def encrypted(vcpu: Vcpu) -> bool:
@@ -90,8 +91,16 @@ def make_vmrun_enter(before: VmrunEnter) -> VmrunEnter:
     """The slot `vmrun_enter` behind the checks of SEV: load the encrypted state."""
 
     def vmrun_enter(machine: Machine, vcpu: Vcpu) -> int | None:
+        vmcb = vcpu.vmcb
+        state: SevEsState = machine.components["sev_es"]  # type: ignore[assignment]  # the fast path, at every entry
+        if (
+            vmcb.encryption_control & ALL_ON == ALL_ON
+            and state.loaded.get(vcpu.vcpu_id) == (vmcb.vmsa_pa, vmcb.guest_asid)
+            and machine.memory.deferred(vmcb.vmsa_pa)
+        ):
+            return None  # as at the last entry, and nobody has looked at the page since
         failure = before(machine, vcpu)
-        if failure is not None or not vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
+        if failure is not None or not vmcb.encryption_control & CONTROL_SEV_ES:
             return failure
         if vm_protocol(machine, vcpu).snp:
             return None  # no checksums there: the RMP guards save areas, and its owner loads them
@@ -109,28 +118,26 @@ def _is_unchanged(machine: Machine, vcpu: Vcpu, page: bytes) -> bool:
 def enter_encrypted(machine: Machine, vcpu: Vcpu, trusted: Callable[[bytes], bool]) -> int | None:
     """Load the encrypted state; the exit code INVALID when its page is not what was stored.
 
-    A page that nobody looked at since it was stored cannot have changed. Any other is judged by `trusted`: in SEV-ES
+    `vmrun_enter` has found that it is not as at the last entry. The page is judged by `trusted`: in SEV-ES
     by its checksum, which lies in memory that only the ASP and the processor reach, and it must be a save area of this
     guest. One that another vCPU of the guest ran on, or that the ASP has just encrypted, is loaded whole.
     Source: 24593, 15.35.5 and 15.35.8.
     """
     loaded = sev_es_state(machine).loaded
     spa = vcpu.vmcb.vmsa_pa
-    if machine.memory.deferred(spa) and loaded.get(vcpu.vcpu_id) == spa:
-        return None
     key = machine.access.key_of(vcpu.asid, c_bit=True)
     if spa & PAGE_MASK or not 0 < spa < machine.memory.size_bytes:
         return ExitCode.INVALID
     page = machine.memory.read(spa, PAGE_BYTES, key)
     if not trusted(page):
         return ExitCode.INVALID
-    if loaded.get(vcpu.vcpu_id) != spa:
+    if loaded.get(vcpu.vcpu_id) != (spa, vcpu.asid):
         load_state(vcpu, page)
         if illegal_state(vcpu):
             return ExitCode.INVALID
-        for other in [number for number, owned in loaded.items() if owned == spa]:
+        for other in [number for number, owned in loaded.items() if owned[0] == spa]:
             del loaded[other]
-        loaded[vcpu.vcpu_id] = spa
+        loaded[vcpu.vcpu_id] = spa, vcpu.asid
     machine.memory.defer(spa, key, partial(_store, machine, vcpu, page), vcpu.tag)
     return None
 

@@ -8,11 +8,14 @@ Source: 56421, sections 2 and 4; Linux arch/x86/kvm/svm/sev.c (sev_handle_vmgexi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sevlab.core.buffers import SharedBuffer
 from sevlab.core.memory import TAG_HYPERVISOR
+from sevlab.core.state import StateDict
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK
 from sevlab.plugins.sev_es.declare import (
     INVALID_EVENT,
@@ -20,6 +23,7 @@ from sevlab.plugins.sev_es.declare import (
     MISSING_INPUT,
     MsrRequest,
     NaeEvent,
+    NaeHandler,
     Reply,
     malformed,
 )
@@ -29,7 +33,7 @@ from sevlab.plugins.sev_es.msr_layout import INFO_MASK
 from sevlab.plugins.sev_es.order import Exchange, check
 from sevlab.plugins.sev_es.records import GhcbReply, MsrReply, OrderWarning, VmgexitIgnored
 from sevlab.plugins.sev_es.scratch import Scratch, find_scratch
-from sevlab.plugins.sev_es.states import sev_es_state, vcpu_protocol, vm_protocol
+from sevlab.plugins.sev_es.states import VmProtocol, sev_es_state, vcpu_protocol, vm_protocol
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
@@ -39,53 +43,56 @@ if TYPE_CHECKING:
 
 ALWAYS = ("sw_exit_code", "sw_exit_info_1", "sw_exit_info_2")
 ALWAYS_MASK = valid_mask(*ALWAYS)
-SCRATCH_BIT = VALID_BITS["sw_scratch"]
 
 # The words that the checks look at before the event is known, at the offsets that the layout declares.
 _AT = {name: info.offset for name, info in Ghcb.FIELDS.items()}
 _U64, _U64_PAIR, _U64_THREE = Struct("<Q"), Struct("<2Q"), Struct("<3Q")
 _VERSION_AND_USAGE = Struct("<HI")
-CODE_AT, SCRATCH_AT, TAIL_AT = _AT["sw_exit_code"], _AT["sw_scratch"], _AT["protocol_version"]
-INFO_AT, BITMAP_AT, RAX_AT = _AT["sw_exit_info_1"], _AT["valid_bitmap"], _AT["rax"]
-BITMAP_END = BITMAP_AT + 16
-
-REPLY_REGISTERS = ("rcx", "rdx", "rbx")
-THREE_AT = _AT["rcx"]
+CODE_AT, TAIL_AT = _AT["sw_exit_code"], _AT["protocol_version"]
+INFOS = slice(_AT["sw_exit_info_1"], _AT["sw_exit_info_2"] + 8)
+BITMAP = slice(_AT["valid_bitmap"], _AT["valid_bitmap"] + 16)
+RAX, RCX, RDX, RBX = (slice(_AT[name], _AT[name] + 8) for name in ("rax", "rcx", "rdx", "rbx"))
+THREE = slice(RCX.start, RBX.stop)
 """RCX, RDX, RBX lie in a row."""
+_record = tuple.__new__
+"""Makes a NamedTuple from its values without the keyword machinery: half the time, at every reply."""
 
 
-class Compiled(NamedTuple):
-    """One event as the dispatcher uses it: the declaration as masks and a decoder."""
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One event as the dispatcher uses it: the declaration as masks and a decoder.
+
+    `plain`: neither for SNP guests only nor of a version that is not offered.
+    """
 
     event: NaeEvent
+    handler: NaeHandler
     required: int
     decode: Callable[[bytes], Ghcb]
     needs: tuple[tuple[int, Callable[[Ghcb], bool]], ...]
+    scratch: Callable[[Ghcb], int] | None
+    plain: bool
 
 
-def compile_event(event: NaeEvent) -> Compiled:
+def compile_event(event: NaeEvent, version_max: int) -> Compiled:
     """Make the masks and the decoder of a declaration. Raises `KeyError` or `LayoutError` for an unknown field."""
-    always = ("sw_exit_code", "sw_exit_info_1", "sw_exit_info_2", *event.required)
-    conditional = tuple(name for need in event.needs for name in need.fields)
-    readable = {*always, *event.optional, *conditional, "protocol_version"}
-    if event.scratch is not None:
-        readable.add("sw_scratch")
+    conditional = {name for need in event.needs for name in need.fields}
+    maybe = {*event.optional, *conditional} | ({"sw_scratch"} if event.scratch is not None else set())
+    sure = {"sw_exit_info_1", "sw_exit_info_2", *event.required}
     required = ALWAYS_MASK | valid_mask(*event.required)
-    decode = Ghcb.decoder(*readable, or_zero=readable.intersection((*event.optional, *conditional, "sw_scratch")))
-    return Compiled(event, required, decode, tuple((valid_mask(*need.fields), need.test) for need in event.needs))
+    decode = Ghcb.decoder(*event.context, or_zero=maybe - sure, checked=sure)
+    needs = tuple((valid_mask(*need.fields), need.test) for need in event.needs)
+    plain = not event.snp_only and event.since <= version_max
+    return Compiled(event, event.handler, required, decode, needs, event.scratch, plain)
 
 
-_BITMAPS: dict[tuple[bool, bool, bool, bool], bytes] = {
-    (rax, rcx, rdx, rbx): (
-        valid_mask("sw_exit_info_1", "sw_exit_info_2")
-        | valid_mask(*(name for name, on in (("rax", rax), ("rcx", rcx), ("rdx", rdx), ("rbx", rbx)) if on))
-    ).to_bytes(16, "little")
-    for rax in (False, True)
-    for rcx in (False, True)
-    for rdx in (False, True)
-    for rbx in (False, True)
-}
-"""The bitmap of a reply, by which registers it returns."""
+@cache
+def _bitmap(registers: tuple[str, ...]) -> bytes:
+    """The bitmap of a reply that returns these registers."""
+    return valid_mask("sw_exit_info_1", "sw_exit_info_2", *registers).to_bytes(16, "little")
+
+
+NOTHING_RETURNED, ALL_RETURNED = _bitmap(()), _bitmap(("rax", "rcx", "rdx", "rbx"))
 
 
 def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, reply: Reply, data: bytes) -> None:
@@ -94,24 +101,27 @@ def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, r
     Source: 56421, section 4; Linux arch/x86/kvm/svm/sev.c (sev_es_sync_to_ghcb).
     """
     info_1, info_2, rax, rbx, rcx, rdx = reply
-    valid = _BITMAPS[rax is not None, rcx is not None, rdx is not None, rbx is not None]
-    if rax is not None:
-        window.write_uint(RAX_AT, 8, rax)
-    if rcx is not None and rdx is not None and rbx is not None:
-        window.write(THREE_AT, _U64_THREE.pack(rcx, rdx, rbx))
+    infos = INFOS, _U64_PAIR.pack(info_1, info_2)
+    if rax is None and rcx is None and rdx is None and rbx is None:
+        valid = NOTHING_RETURNED
+        window.write_pieces((infos, (BITMAP, valid)))
+    elif rax is not None and rcx is not None and rdx is not None and rbx is not None:
+        valid = ALL_RETURNED
+        window.write_pieces(((RAX, _U64.pack(rax)), (THREE, _U64_THREE.pack(rcx, rdx, rbx)), infos, (BITMAP, valid)))
     else:
-        for offset, value in ((THREE_AT, rcx), (THREE_AT + 8, rdx), (THREE_AT + 16, rbx)):
-            if value is not None:
-                window.write_uint(offset, 8, value)
-    window.write(INFO_AT, _U64_PAIR.pack(info_1, info_2))
-    window.write(BITMAP_AT, valid)
-    machine.emit(GhcbReply(vcpu.vcpu_id, code, info_1, info_2, rax or 0, rbx or 0, rcx or 0, rdx or 0, valid, data))
+        values = ((RAX, "rax", rax), (RCX, "rcx", rcx), (RDX, "rdx", rdx), (RBX, "rbx", rbx))
+        registers = tuple((place, _U64.pack(value)) for place, _, value in values if value is not None)
+        valid = _bitmap(tuple(name for _, name, value in values if value is not None))
+        window.write_pieces((*registers, infos, (BITMAP, valid)))
+    machine.emit(
+        _record(GhcbReply, (vcpu.vcpu_id, code, info_1, info_2, rax or 0, rbx or 0, rcx or 0, rdx or 0, valid, data))
+    )
 
 
 class Dispatcher:
     """Both protocols of one machine; the policy switches are fixed when it is composed."""
 
-    __slots__ = ("_events", "_hyperv", "_newest", "_order", "_reply_all", "_requests", "_version_max")
+    __slots__ = ("_events", "_hyperv", "_newest", "_order", "_reply_all", "_requests", "_version_max", "_vms")
 
     def __init__(self, builder: PluginBuilder) -> None:
         self._newest = builder.options["checks"] == "kvm-2026"
@@ -121,11 +131,15 @@ class Dispatcher:
         self._version_max = int(builder.options["protocol_max"])
         self._events: dict[int, Compiled] = {}
         self._requests: dict[int, MsrRequest] = {}
+        self._vms: StateDict[int, VmProtocol] = StateDict()
 
     def compile(self, machine: Machine) -> None:
         """Turn the frozen tables into what the dispatch uses."""
-        self._events = {code: compile_event(event) for code, event in machine.tables.nae_events.items()}
+        self._events = {
+            code: compile_event(event, self._version_max) for code, event in machine.tables.nae_events.items()
+        }
         self._requests = dict(machine.tables.msr_protocol)
+        self._vms = sev_es_state(machine).vms
 
     def vmgexit(self, machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
         """The exit handler of VMGEXIT. Source: 56421, 2.1; Linux arch/x86/kvm/svm/sev.c (sev_handle_vmgexit)."""
@@ -169,7 +183,8 @@ class Dispatcher:
             machine.emit(VmgexitIgnored(vcpu.vcpu_id, reason))
             return
         window = SharedBuffer(machine.fetches, spa & ~PAGE_MASK, PAGE_BYTES, None, TAG_HYPERVISOR)
-        snp = vm_protocol(machine, vcpu).snp
+        vm = self._vms.get(vcpu.vm_id)
+        snp = vm.snp if vm is not None else vm_protocol(machine, vcpu).snp
         if snp and vcpu_protocol(machine, vcpu).registered_gpa != ghcb_gpa:
             if self._newest:
                 write_reply(machine, vcpu, window, 0, malformed(Reason.NOT_REGISTERED), b"")
@@ -178,21 +193,22 @@ class Dispatcher:
             return
         page = window.read(0, PAGE_BYTES)
         code: int = _U64.unpack_from(page, CODE_AT)[0]
-        valid = int.from_bytes(page[BITMAP_AT:BITMAP_END], "little")
+        valid = int.from_bytes(page[BITMAP], "little")
         version, usage = _VERSION_AND_USAGE.unpack_from(page, TAIL_AT)
         if usage and self._hyperv and usage == Usage.HYPERV_HYPERCALL:
             hypercall(machine, vcpu, window, page)
             return
         found = self._events.get(code)
-        reply = self._refusal(found, valid, usage, snp=snp)
+        passes = not usage and found is not None and found.plain and valid & found.required == found.required
+        reply = None if passes else self._refusal(found, valid, usage, snp=snp)
         scratch: Scratch | None = None
         if reply is None and found is not None:
             ghcb = found.decode(page)
             for mask, test in found.needs:
                 if valid & mask != mask and test(ghcb):
                     reply = MISSING_INPUT
-            if reply is None and found.event.scratch is not None:
-                length_bytes = found.event.scratch(ghcb)
+            if reply is None and found.scratch is not None:
+                length_bytes = found.scratch(ghcb)
                 if length_bytes:
                     inside = self._newest and version >= 2
                     gpa = ghcb.sw_scratch
@@ -200,7 +216,7 @@ class Dispatcher:
                     if scratch is None:
                         reply = INVALID_SCRATCH
             if reply is None:
-                reply = found.event.handler(machine, vcpu, ghcb, scratch)
+                reply = found.handler(machine, vcpu, ghcb, scratch)
                 if reply is None:
                     return
         assert reply is not None  # a code that is not found has been refused

@@ -204,6 +204,7 @@ EVENTS: dict[int, NaeEvent] = {
             name,
             handler,
             required=("sw_scratch",),
+            context=("protocol_version",),
             scratch=_short_length,
             example={"sw_exit_info_1": 0xD000_0000, "sw_exit_info_2": 4, "sw_scratch": SHARED_BUFFER},
             cases=(

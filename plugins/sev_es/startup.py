@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.svm import ExitCode
+from sevlab.core.units import PAGE_BYTES
 from sevlab.plugins.sev_es.declare import Reply
 from sevlab.plugins.sev_es.ghcb import NaeCode
 from sevlab.plugins.sev_es.hardware import encrypted
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
+MMIO_LIMIT_BYTES = 1 << 20
+"""Of a larger window, what is marked at once."""
 WOKEN = 1
 """SW_EXITINFO2, or the data of the MSR, after a start-up IPI: anything but zero."""
 
@@ -67,11 +70,18 @@ Source: Linux arch/x86/kvm/svm/svm.c (init_vmcb) and sev.c (sev_es_init_vmcb).
 
 
 def set_up_vcpus(machine: Machine, vm_id: int) -> None:
-    """Give every vCPU of an encrypted VM its intercepts and the GHCB MSR of a reset.
+    """Give every vCPU of an encrypted VM its intercepts and the GHCB MSR of a reset, and mark the devices' pages.
 
     Source: Linux arch/x86/kvm/svm/sev.c (sev_es_vcpu_reset: the SEV information is there before anyone asks).
     """
-    for vcpu_id in machine.hypervisor.vms[vm_id].vcpu_ids:
+    vm = machine.hypervisor.vms[vm_id]
+    tables = machine.access.nested_tables(vm)
+    for window in machine.tables.mmio:
+        first = window.gpa & -PAGE_BYTES
+        for gpa in range(first, min(window.gpa + window.length_bytes, first + MMIO_LIMIT_BYTES), PAGE_BYTES):
+            tables.mark_mmio(gpa)
+    machine.access.forget()
+    for vcpu_id in vm.vcpu_ids:
         vcpu = machine.vcpus[vcpu_id]
         vcpu.vmcb.intercept(*INTERCEPTS)
         vcpu.vmcb.ghcb_gpa = sev_information(machine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from sevlab.core.config import Option
 from sevlab.core.state import StateDict, Stateful, new
@@ -71,7 +71,6 @@ class VcpuProtocol(Stateful):
     started: bool = False
     """A start-up IPI has come: the first one runs an AP from its launch state."""
     dr7: int = 0x400
-    xcr0: int = 1
 
 
 class SevEsState(Stateful):
@@ -82,8 +81,8 @@ class SevEsState(Stateful):
     features: int = 0
     vms: StateDict[int, VmProtocol] = new(StateDict)
     vcpus: StateDict[int, VcpuProtocol] = new(StateDict)
-    loaded: StateDict[int, int] = new(StateDict)
-    """By vCPU: the SPA of the save area whose state the processor has."""
+    loaded: StateDict[int, tuple[int, int]] = new(StateDict)
+    """By vCPU: SPA and ASID of the save area whose state the processor has."""
     forged: StateDict[int, tuple[tuple[int, bytes], ...]] = new(StateDict)
     order: OrderState = new(OrderState)
     """Of the order checker, while it is on; one for all VMs of the machine."""
@@ -92,7 +91,7 @@ class SevEsState(Stateful):
 
 def sev_es_state(machine: Machine) -> SevEsState:
     """The plugin's state in `machine`."""
-    return cast("SevEsState", machine.components["sev_es"])
+    return machine.components["sev_es"]  # type: ignore[return-value]  # asked at every exit
 
 
 def vm_protocol(machine: Machine, vcpu: Vcpu) -> VmProtocol:

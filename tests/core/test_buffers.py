@@ -120,3 +120,29 @@ def test_a_window_shows_ciphertext_of_a_private_page(fetches):
     fetches.memory.write(0x3000, b"private".ljust(4096, b"\0"), key, 16)
     assert SharedBuffer(fetches, 12288, 4096, None, 1).read(0, 7) != b"private"
     assert SharedBuffer(fetches, 0x3000, 4096, key, 1).read_uint(0, 1) == ord("p")
+
+
+@pytest.mark.parametrize("spa", [0x3000, 0x3800])
+def test_pieces_are_written_as_single_writes_are(spa):
+    pieces = ((slice(0, 2), b"ab"), (slice(0x10, 0x14), b"cdef"), (slice(0xFF0, 0x1000), b"z" * 16))
+    contents = []
+    for at_once in (True, False):
+        memory = Memory(1 << 20)
+        memory.write(0x3000, bytes(8192), None, guest_tag(0))
+        memory.mark()
+        window = SharedBuffer(SharedFetches(memory), spa, 4096, None, TAG_HYPERVISOR)
+        if at_once:
+            window.write_pieces(pieces)
+        else:
+            for place, data in pieces:
+                window.write(place.start, data)
+        contents.append((memory.read(0x3000, 8192, None), memory.tags(0x3000, 8192)))
+        memory.reset()
+        assert memory.read(0x3000, 8192, None) == bytes(8192)
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("piece", [(slice(-1, 0), b"x"), (slice(4096, 4097), b"x"), (slice(8, 16), b"short")])
+def test_a_piece_outside_is_a_violation(shared, piece):
+    with pytest.raises(InvariantViolation, match="buffer"):
+        shared.write_pieces((piece,))

@@ -283,3 +283,27 @@ def test_edits_of_every_size_agree_with_replaying_them_for_one_address(levels, e
         assert found == NestedFault(error | 1, gpa)
     else:
         assert (found.spa, found.writable, found.no_execute, found.host_c_bit) == (spa, writable, no_execute, c_bit)
+
+
+@pytest.mark.parametrize("access", [0, WalkAccess.WRITE, WalkAccess.FETCH])
+@pytest.mark.parametrize("c_bit", [1 << 47, 1 << 51])
+def test_a_page_marked_as_mmio_faults_with_the_reserved_bit(access, c_bit):
+    words, pages = {}, iter(range(0x1000, 1 << 30, 0x1000))
+    tables = NestedTables(lambda: next(pages), lambda spa: words.get(spa, 0), words.__setitem__, c_bit_mask=c_bit)
+    tables.map(0, 0x4000_0000, MIB2)
+    tables.mark_mmio(0x5000)
+
+    def walk(gpa):
+        return nested_walk(
+            tables.root_spa,
+            gpa,
+            access,
+            read_entry=lambda spa: words.get(spa, 0),
+            phase=NpfError.FINAL,
+            c_bit_mask=c_bit,
+        )
+
+    assert walk(0x5123) == NestedFault(int(access) | 4 | NpfError.P | NpfError.RSVD | NpfError.FINAL, 0x5123)
+    assert walk(0x4FFF).spa == 0x4000_4FFF
+    tables.map(0x5000, 0x9000, KIB4)
+    assert walk(0x5123).spa == 0x9123

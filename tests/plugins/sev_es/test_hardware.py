@@ -209,3 +209,15 @@ def test_looks_and_entries_reset(machine):
         Vmgexit(0, GHCB_GPA, page(ExitCode.CPUID, rax=0, rcx=0)),
         MemoryRead(Party.HYPERVISOR, 0, Space.SPA, spa, False, 64),
     )
+
+
+def test_an_access_to_a_devices_page_is_vc_and_one_to_missing_memory_is_an_exit(machine):
+    outcome = machine.apply(MemoryRead(Party.GUEST, 0, Space.GPA, 0xFEE0_0030, False, 4))
+    assert outcome.records == (VcDelivered(0, ExitCode.NPF),)
+    outcome = machine.apply(MemoryRead(Party.GUEST, 0, Space.GPA, 0x7000_0000, False, 4))
+    assert outcome.first(VmExit).exit_code == ExitCode.NPF
+
+
+def test_a_vmrun_with_another_asid_does_not_find_its_state(machine):
+    machine.vcpus[0].vmcb.guest_asid += 1
+    assert schedule(machine).first(VmExit).exit_code == ExitCode.INVALID
