@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
@@ -144,6 +146,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(what: str, error: Exception, code: int) -> None:
     click.echo(f"sevlab: {what}: {error}", err=True)
     sys.exit(code)
+
+
+def write_output(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write a file that a command makes, with these permissions if it is new. Raises `ConfigError`."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def echo_json(value: Any) -> None:

@@ -142,12 +142,12 @@ def _from_pem(data: bytes, name: str) -> Iterator[SnpCertificate]:
             der = base64.b64decode(b"".join(block[1].split()), validate=True)
         except binascii.Error as error:
             raise FormatError(name, block.start(1), "PEM", expected="base64", found=str(error)) from None
-        yield parse_der(der, name, offset=position)
+        yield parse_der(der, f"{name}, PEM at {position:#x}")
         position = block.end()
 
 
-def parse_der(der: bytes, name: str = "certificate", *, offset: int = 0) -> SnpCertificate:
-    """The certificate in `der`; `offset` is where it stands in file `name`. Raises `FormatError`.
+def parse_der(der: bytes, name: str = "certificate") -> SnpCertificate:
+    """The certificate in `der`, the bytes of file `name`. Raises `FormatError`.
 
     Endorsement keys have serial number 0, which X.509 does not allow and the library warns about.
     """
@@ -158,7 +158,7 @@ def parse_der(der: bytes, name: str = "certificate", *, offset: int = 0) -> SnpC
     problem = der_problem(der)
     if problem:
         where, expected, found = problem
-        raise FormatError(name, offset + where, "DER", expected=expected, found=found)
+        raise FormatError(name, where, "DER", expected=expected, found=found)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -166,10 +166,10 @@ def parse_der(der: bytes, name: str = "certificate", *, offset: int = 0) -> SnpC
             _read_everything(certificate)
             serial = certificate.serial_number
     except (ValueError, TypeError, UnsupportedAlgorithm, *errors) as error:
-        raise FormatError(name, offset, "Certificate", expected="X.509", found=_short(str(error))) from None
+        raise FormatError(name, 0, "Certificate", expected="X.509", found=_short(str(error))) from None
     values = {item.oid.dotted_string: item for item in certificate.extensions}
     amd = {oid: item.value.value for oid, item in values.items() if oid.startswith(f"{AMD_OID}.")}
-    parsed = _amd_extensions(amd, der, name, offset) if amd else None
+    parsed = _amd_extensions(amd, der, name) if amd else None
     return SnpCertificate(name, der, certificate, serial, parsed)
 
 
@@ -186,13 +186,13 @@ def _short(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def _amd_extensions(amd: dict[str, bytes], der: bytes, name: str, offset: int) -> AmdExtensions:
+def _amd_extensions(amd: dict[str, bytes], der: bytes, name: str) -> AmdExtensions:
     def value_of(oid: str, tag: int, what: str) -> bytes:
         data = amd.get(oid)
         if data is None or len(data) < 2 or data[0] != tag or data[1] != len(data) - 2 or not data[2:]:
             place = der.find(data) if data else 0
             found = data.hex() if data is not None else "nothing"
-            raise FormatError(name, offset + max(place, 0), f"extension {oid}", expected=what, found=found)
+            raise FormatError(name, max(place, 0), f"extension {oid}", expected=what, found=found)
         return data[2:]
 
     def number(oid: str) -> int:
@@ -203,15 +203,17 @@ def _amd_extensions(amd: dict[str, bytes], der: bytes, name: str, offset: int) -
     for part, level in spl.items():
         if level > 0xFF:
             where = f"extension {SPL_OIDS[part]}"
-            raise FormatError(name, offset, where, expected="a number up to 255", found=str(level))
+            raise FormatError(name, 0, where, expected="a number up to 255", found=str(level))
     unknown = set(amd) - {STRUCT_VERSION, PRODUCT_NAME, HWID, CSP_ID, *SPL_OIDS.values()}
     if unknown:
-        raise FormatError(name, offset, f"extension {min(unknown)}", expected="one that 57230 names", found="another")
+        raise FormatError(name, 0, f"extension {min(unknown)}", expected="one that 57230 names", found="another")
     hwid = amd.get(HWID)
     if hwid is not None and hwid[:1] == b"\x04" and len(hwid) in (66, 10):
         hwid = hwid[2:]  # some issues wrap the bytes in an OCTET STRING
     if hwid is not None and len(hwid) not in (64, 8):
-        raise FormatError(name, offset, f"extension {HWID}", expected="64 or 8 bytes", found=f"{len(hwid)} bytes")
+        raise FormatError(
+            name, max(der.find(hwid), 0), f"extension {HWID}", expected="64 or 8 bytes", found=f"{len(hwid)} bytes"
+        )
     return AmdExtensions(
         struct_version=number(STRUCT_VERSION),
         product_name=_text(value_of(PRODUCT_NAME, 0x16, "a DER IA5String")),
@@ -229,10 +231,16 @@ def der_problem(der: bytes) -> tuple[int, str, str] | None:
     """(offset, expected, found) of the first element of `der` that does not fit in its surroundings, None for none."""
     if not der:
         return 0, "a certificate", "an empty file"
-    return _problem_in(der, 0, len(der), single=True)
+    return _problem_in(der, 0, len(der), 0)
 
 
-def _problem_in(der: bytes, start: int, end: int, *, single: bool = False) -> tuple[int, str, str] | None:
+MAX_DEPTH = 32
+"""How deep elements may nest; a certificate needs about ten levels."""
+
+
+def _problem_in(der: bytes, start: int, end: int, depth: int) -> tuple[int, str, str] | None:
+    if depth > MAX_DEPTH:
+        return start, f"at most {MAX_DEPTH} elements inside each other", "more"
     position = start
     while position < end:
         header = der[position : min(position + 6, end)]
@@ -244,10 +252,10 @@ def _problem_in(der: bytes, start: int, end: int, *, single: bool = False) -> tu
         if position > end:
             return end, f"{length} bytes from offset {body:#x}", f"the end after {end - body}"
         if header[0] & 0x20:
-            problem = _problem_in(der, body, position)
+            problem = _problem_in(der, body, position, depth + 1)
             if problem:
                 return problem
-        if single:
+        if depth == 0:
             return None if position == end else (position, "the end", f"{end - position} bytes more")
     return None
 

@@ -42,6 +42,7 @@ def page_of(case):
 
 
 def test_initial_vmsas_have_the_published_digests():
+    assert all(int(case["vcpu_sig"], 16) == VCPU_TYPES[case["vcpu_type"]] for case in VMSAS)
     wrong = [
         (case["vmm"], case["eip"], case["sev_features"], case["vcpu_type"])
         for case in VMSAS
@@ -163,6 +164,7 @@ def page_chain(name):
 
 @pytest.mark.parametrize("case", [case for case in DIGESTS if "digest" in case], ids=lambda case: case["id"])
 def test_launch_digests(case):
+    assert number(case["vcpu_sig"]) == VCPU_TYPES[case["vcpu_type"]]
     if case["image"] in REAL and case["mode"] != "sev-snp" and real_file(REAL[case["image"]]) is None:
         pytest.skip(f"SEVLAB_OVMF names no folder with the file of {case['image']}")
     assert launch(case).hex() == case["digest"]
@@ -170,6 +172,7 @@ def test_launch_digests(case):
 
 @pytest.mark.parametrize("case", [case for case in DIGESTS if "error" in case], ids=lambda case: case["id"])
 def test_launches_that_must_fail(case):
+    assert number(case["vcpu_sig"]) == VCPU_TYPES[case["vcpu_type"]]
     if case["image"] in REAL:
         assert firmware_of(case["image"]).table  # the refusal follows from table and metadata, not from the file
     with pytest.raises(FormatError) as error:

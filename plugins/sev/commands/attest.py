@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 import click
-from sevlab.core.cli import echo_json
+from sevlab.core.cli import echo_json, write_output
 from sevlab.core.determinism import Entropy
 from sevlab.core.errors import ConfigError, FormatError
 from sevlab.plugins.sev.certificates import (
@@ -171,9 +171,7 @@ def session(
         f"{name}_tik.bin": opened.keys.tik,
     }
     for path, data in written.items():
-        secret = path.endswith(".bin")
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o644), "wb") as file:
-            file.write(data)
+        write_output(Path(path), data, mode=0o600 if path.endswith(".bin") else 0o644)
     if as_json:
         echo_json({"policy": policy, "files": list(written)})
     else:
@@ -236,8 +234,8 @@ def secret(
     keys = TransportKeys(read_key(tek, "TEK"), read_key(tik, "TIK"))
     plain = raw.read_bytes() if raw is not None else secret_table((guid, path.read_bytes()) for guid, path in secrets)
     packet, ciphertext = seal_secret(keys, measurement, plain, entropy_of(seed))
-    header.write_bytes(packet)
-    payload.write_bytes(ciphertext)
+    write_output(header, packet)
+    write_output(payload, ciphertext)
     if as_json:
         echo_json({"header": str(header), "payload": str(payload), "secret_bytes": len(plain)})
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from sevlab.core.cli import echo_json
+from sevlab.core.cli import echo_json, write_output
 from sevlab.core.errors import ConfigError
 from sevlab.plugins.sev import SevLaunchDigest
 from sevlab.plugins.sev_es import PROFILES
@@ -160,7 +160,7 @@ def measure(
     result = _measure(inputs, vmsas, log=as_json)
     if dump_vmsa:
         for number, page in enumerate(vmsas):
-            Path(f"vmsa{number}.bin").write_bytes(page)
+            write_output(Path(f"vmsa{number}.bin"), page)
     _show(mode, result, output_format, as_json=as_json, verbose=verbose)
 
 

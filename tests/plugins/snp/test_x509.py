@@ -55,6 +55,20 @@ def test_a_file_that_is_no_certificate_is_refused_with_its_offset(data, message)
         parse_certificates(data, "f")
 
 
+def test_elements_that_nest_without_end_are_refused():
+    nested = b""
+    for _ in range(3000):
+        length = len(nested)
+        nested = b"\x30" + (bytes((length,)) if length < 128 else b"\x83" + length.to_bytes(3, "big")) + nested
+    with pytest.raises(FormatError, match="DER: expected at most 32 elements inside each other, found more"):
+        parse_der(nested, "f")
+
+
+def test_a_wrong_certificate_in_pem_is_named_by_its_place():
+    with pytest.raises(FormatError, match=r"f, PEM at 0x[1-9a-f][0-9a-f]+: offset 0x64, DER"):
+        parse_certificates(pem(ASK) + pem(ARK[:100]), "f")
+
+
 @given(st.data())
 def test_any_change_of_a_certificate_reads_or_is_refused(data):
     changed = bytearray(data.draw(st.sampled_from([ARK, VCEK])))

@@ -148,6 +148,12 @@ def test_a_secret_needs_something_to_send_and_keys_of_16_bytes(simulated):
     assert str(error) == "short: offset 0xf, TEK: expected 16 bytes, found 15 bytes"
 
 
+def test_a_file_that_cannot_be_written_is_named(simulated):
+    result = invoke("session", "pdh.cert", "--policy", 1, "--unverified", "--name", "no/such/folder/x")
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == "no/such/folder/x_godh.b64: cannot be written: No such file or directory"
+
+
 @pytest.mark.parametrize("length", [0, 8, 0x413, 0x823])
 def test_a_certificate_that_is_cut_names_file_and_offset(simulated, length):
     cut = simulated / "cut.cert"
