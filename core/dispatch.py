@@ -39,7 +39,7 @@ class Registry(Generic[K, H]):
         self.what = what
         self.show = show
         self._entries: dict[K, Entry[H]] = {}
-        self._replacements: dict[K, tuple[Callable[[H], H], str]] = {}
+        self._replacements: dict[K, tuple[Callable[[H], H], str, H | None]] = {}
 
     def add(self, key: K, handler: H, *, plugin: str) -> None:
         """Let `handler` of `plugin` handle `key`. Raises `PluginError` if the key has an owner."""
@@ -52,23 +52,26 @@ class Registry(Generic[K, H]):
             )
         self._entries[key] = Entry(handler, plugin)
 
-    def replace(self, key: K, make: Callable[[H], H], *, plugin: str) -> None:
+    def replace(self, key: K, make: Callable[[H], H], *, plugin: str, absent: H | None = None) -> None:
         """Put `make(original handler)` in the place of the handler of `key`, after all plugins have registered.
 
-        Raises `PluginError` at once if somebody else replaces it already, at `freeze` if nobody handles the key.
+        With `absent` the key need not have an owner: `make` gets that instead. Raises `PluginError` at once if somebody
+        else replaces it already, at `freeze` if nobody handles the key.
         """
         other = self._replacements.get(key)
         if other is not None:
             raise PluginError(
                 f"{self.what} {self.show(key)} is replaced twice: by plugin {other[1]!r} and by plugin {plugin!r}"
             )
-        self._replacements[key] = (make, plugin)
+        self._replacements[key] = (make, plugin, absent)
 
     def entries(self) -> dict[K, Entry[H]]:
         """All keys with their final handler and owner. Raises `PluginError` for a replacement of nothing."""
         entries = dict(self._entries)
-        for key, (make, plugin) in self._replacements.items():
+        for key, (make, plugin, absent) in self._replacements.items():
             original = entries.get(key)
+            if original is None and absent is not None:
+                original = Entry(absent, plugin)
             if original is None:
                 raise PluginError(f"plugin {plugin!r} replaces {self.what} {self.show(key)}, which nobody handles")
             entries[key] = Entry(make(original.handler), plugin, original.plugin)
@@ -92,9 +95,9 @@ class Registrar(Generic[K, H]):
         """Handle `key`. Raises `PluginError` if the key has an owner."""
         self._registry.add(key, handler, plugin=self._plugin)
 
-    def replace(self, key: K, make: Callable[[H], H]) -> None:
-        """Replace another plugin's handler of `key` by `make(original)`."""
-        self._registry.replace(key, make, plugin=self._plugin)
+    def replace(self, key: K, make: Callable[[H], H], *, absent: H | None = None) -> None:
+        """Replace another plugin's handler of `key` by `make(original)`; `absent`: see `Registry.replace`."""
+        self._registry.replace(key, make, plugin=self._plugin, absent=absent)
 
 
 def add_range(registrar: Registrar[int, H], first: int, last: int, handler: H) -> None:

@@ -47,9 +47,22 @@ from sevlab.plugins.sev_es.ghcb import (
     Usage,
     valid_mask,
 )
-from sevlab.plugins.sev_es.guest import GuestReply, MsrExit, Outcome, PageExit, VcContext, VcEnd, VcResult, call, handle
+from sevlab.plugins.sev_es.guest import (
+    GuestReply,
+    MsrExit,
+    Outcome,
+    PageExit,
+    VcContext,
+    VcEnd,
+    VcHandler,
+    VcResult,
+    call,
+    handle,
+)
+from sevlab.plugins.sev_es.guest_driver import ReferenceGuest, guest_side
 from sevlab.plugins.sev_es.guest_events import HANDLERS
 from sevlab.plugins.sev_es.guest_startup import ApJumpTable, before_setup, jump_table_request
+from sevlab.plugins.sev_es.hardware import enter_encrypted
 from sevlab.plugins.sev_es.hyperv import HypervPage
 from sevlab.plugins.sev_es.hypervisor import ghcb_window, write_reply
 from sevlab.plugins.sev_es.io_events import EVENTS as IO_EVENTS
@@ -140,6 +153,7 @@ __all__ = [
     "Outcome",
     "PageExit",
     "Reason",
+    "ReferenceGuest",
     "Reply",
     "Result",
     "Scratch",
@@ -150,6 +164,7 @@ __all__ = [
     "VcContext",
     "VcDelivered",
     "VcEnd",
+    "VcHandler",
     "VcResult",
     "Vmgexit",
     "VmgexitIgnored",
@@ -159,9 +174,11 @@ __all__ = [
     "call",
     "check",
     "check_vc",
+    "enter_encrypted",
     "exception",
     "exit_class",
     "ghcb_window",
+    "guest_side",
     "handle",
     "initial_vmsa",
     "jump_table_request",

@@ -21,7 +21,8 @@ from sevlab.plugins.snp.kernel_hashes import KernelHashTable
 from sevlab.plugins.snp.launch_digest import PageInfo
 from sevlab.plugins.snp.layout import RmpEntry, RmpState
 from sevlab.plugins.snp.messages import MESSAGE_LAYOUTS
-from sevlab.plugins.snp.records import RMP_RECORDS
+from sevlab.plugins.snp.psc import PSC_LAYOUTS
+from sevlab.plugins.snp.records import GUEST_RECORDS, RMP_RECORDS
 from sevlab.plugins.snp.report import REPORT_LAYOUTS
 from sevlab.plugins.snp.setup import OPTIONS, register
 from sevlab.plugins.snp.states import PAGE_STATES, PageState, page_state
@@ -61,7 +62,7 @@ def sevlab_register(builder: PluginBuilder) -> None:
 
 @hookimpl
 def sevlab_records() -> tuple[type, ...]:
-    return RMP_RECORDS
+    return RMP_RECORDS + GUEST_RECORDS
 
 
 @hookimpl
@@ -72,6 +73,7 @@ def sevlab_layouts() -> tuple[type[Layout], ...]:
         *COMMAND_LAYOUTS,
         *MESSAGE_LAYOUTS,
         *GUEST_PAGE_LAYOUTS,
+        *PSC_LAYOUTS,
         *REPORT_LAYOUTS,
         *OWNER_LAYOUTS,
     )

@@ -27,9 +27,11 @@ from sevlab.core.events import (
 from sevlab.core.state import Stateful
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.plugins.sev import Command, Status, asids, sev_state
+from sevlab.plugins.sev_es import set_up_vcpus, vm_protocol
 from sevlab.plugins.sme import SYSCFG
 from sevlab.plugins.snp.automata import SnpPlatformState
 from sevlab.plugins.snp.command_table import SNP_COMMANDS
+from sevlab.plugins.snp.hypervisor import host_guest, host_vcpu
 from sevlab.plugins.snp.launch_digest import VMSA_GPA, PageType
 from sevlab.plugins.snp.layout import RmpState
 from sevlab.plugins.snp.policy import GuestPolicyBit
@@ -201,9 +203,13 @@ def begin_launch(machine: Machine, vm_id: int, *, policy: int = DEFAULT_POLICY, 
         need(machine, Command.SNP_ACTIVATE, gctx_spa=gctx, asid=asid)
     elif status:
         raise ConfigError(f"SNP_ACTIVATE of ASID {asid}: status {status:#x}, expected SUCCESS")
+    host = host_guest(machine, vm_id)
+    host.gctx_spa, host.asid = gctx, asid
     vm = machine.hypervisor.vms[vm_id]
     vm.c_bit_mask = 1 << machine.config.part.c_bit
+    set_up_vcpus(machine, vm_id)
     for vcpu_id in vm.vcpu_ids:
+        vm_protocol(machine, machine.vcpus[vcpu_id]).snp = True
         vmcb = machine.vcpus[vcpu_id].vmcb
         vmcb.guest_asid = asid
         vmcb.encryption_control |= CONTROL_SEV | CONTROL_SEV_ES
@@ -244,7 +250,10 @@ def launch_update(machine: Machine, guest: SnpLaunched, spa: int, page: LaunchPa
 
 
 def load_vmsa(machine: Machine, vcpu_id: int, guest: SnpLaunched, vmsa: bytes) -> None:
-    """Launch a VMSA page for a vCPU, at the address that KVM uses. Raises `ConfigError`."""
+    """Launch a VMSA page for a vCPU, at the address that KVM uses. Raises `ConfigError`.
+
+    The processor learns of it at VMRUN; here it knows at once, so that a guest's first step needs no entry before it.
+    """
     spa = machine.hypervisor.allocate_pages(2)
     spa += PAGE_BYTES if not spa % PAGE_2M_BYTES else 0  # an erratum: never 2 MiB aligned
     put(machine, spa, vmsa)
@@ -252,8 +261,11 @@ def load_vmsa(machine: Machine, vcpu_id: int, guest: SnpLaunched, vmsa: bytes) -
     status = launch_update(machine, guest, spa, LaunchPage(VMSA_GPA, PageType.VMSA, vmsa))
     if status:
         raise ConfigError(f"SNP_LAUNCH_UPDATE of a VMSA: status {status:#x}, expected SUCCESS")
-    machine.vcpus[vcpu_id].vmcb.vmsa_pa = spa
-    features = int.from_bytes(vmsa[0x3B0:0x3B8], "little")
+    vcpu, features = machine.vcpus[vcpu_id], int.from_bytes(vmsa[0x3B0:0x3B8], "little")
+    vcpu.vmcb.vmsa_pa = spa
+    host = host_vcpu(machine, vcpu_id)
+    host.vmsas = (spa, *host.vmsas[1:])
+    host_guest(machine, vcpu.vm_id).sev_features = vm_protocol(machine, vcpu).sev_features = features
     snp_state(machine).vcpus[vcpu_id] = SnpVcpu(sev_features=features, vmsa_spa=spa)
 
 

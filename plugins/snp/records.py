@@ -97,3 +97,71 @@ ENCODINGS = {
 
 Source: Linux arch/x86/include/asm/sev.h; coconut-svsm kernel/src/sev/utils.rs.
 """
+
+
+# The reference guest --------------------------------------------------------------------------------------------------
+
+
+@step("snp.set-pages", Boundary.GHCB)
+class SetPages(NamedTuple):
+    """The reference guest makes `page_count` pages from `gpa` on private or shared: PVALIDATE and page state change.
+
+    `page_size` 1: pages of 2 MiB. Without a GHCB (no `sev_es.vc-setup` yet) it uses the MSR protocol.
+    """
+
+    vcpu: Input[int]
+    gpa: Input[int]
+    page_count: Input[int]
+    page_size: Input[int]
+    private: Input[bool]
+
+
+@step("snp.message", Boundary.GHCB)
+class SendMessage(NamedTuple):
+    """The reference guest sends a message to the firmware: `payload` of `kind` under VMPCK `vmpck`.
+
+    Keys and numbers are in its secrets page at `secrets_gpa`; request and response go through the shared pages at
+    `shared_gpa` and behind it; certificates, when `data_pages` is not 0, come to the pages behind those.
+    """
+
+    vcpu: Input[int]
+    secrets_gpa: Input[int]
+    shared_gpa: Input[int]
+    vmpck: Input[int]
+    kind: Input[int]
+    payload: Input[bytes]
+    data_pages: Input[int]
+
+
+@step("snp.create-ap", Boundary.GHCB)
+class CreateAp(NamedTuple):
+    """The reference guest starts (`request` 0 or 1) or ends (2) vCPU `apic_id` with the save area at `vmsa_gpa`.
+
+    `vmsa` is what it puts there first, 4096 bytes; empty: the page is as it is.
+    """
+
+    vcpu: Input[int]
+    apic_id: Input[int]
+    vmsa_gpa: Input[int]
+    request: Input[int]
+    vmpl: Input[int]
+    vmsa: Input[bytes]
+
+
+@outcome("snp.answer", Boundary.GHCB)
+class MessageAnswered(NamedTuple):
+    """What the reference guest got of the firmware: the payload, opened and checked, and the certificates."""
+
+    payload: Checked[bytes]
+    certificates: Checked[bytes]
+
+
+@outcome("snp.no-answer", Boundary.GHCB)
+class MessageFailed(NamedTuple):
+    """A message had no good answer; `key_gone`: the guest gave up the VMPCK rather than risk a nonce twice."""
+
+    reason: Checked[str]
+    key_gone: Checked[bool]
+
+
+GUEST_RECORDS: tuple[type, ...] = (SetPages, SendMessage, CreateAp, MessageAnswered, MessageFailed)

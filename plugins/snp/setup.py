@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.config import Option
 from sevlab.plugins.sev import register_commands, sev_state
-from sevlab.plugins.snp import legacy_rules, records, registers, rmp_guest, rmp_host
+from sevlab.plugins.snp import ghcb_events, guest_agent, legacy_rules, records, registers, rmp_guest, rmp_host, vmrun
 from sevlab.plugins.snp.command_table import SNP, SNP_COMMANDS
 from sevlab.plugins.snp.driver import SnpDriver
+from sevlab.plugins.snp.hypervisor import SnpHypervisor, snp_hypervisor
 from sevlab.plugins.snp.rmp_check import RmpCheck
 from sevlab.plugins.snp.states import SnpState, snp_state
 from sevlab.plugins.snp.tcb import Tcb
@@ -23,6 +24,9 @@ OPTIONS = (
         default=0,
         choices=(0, 2, 3, 4, 5),
         doc="version of attestation reports, and with it how new the firmware is; 0: 3, on Turin 5",
+    ),
+    Option(
+        name="psc_batch", default=0, low=0, high=253, doc="entries of a page state change that one exit does; 0: all"
     ),
     Option(name="smt", default=True, doc="simultaneous multithreading is on"),
 )
@@ -43,6 +47,10 @@ def register(builder: PluginBuilder) -> None:
     registers.register(builder)
     register_commands(builder, SNP, SNP_COMMANDS)
     legacy_rules.register(builder)
+    builder.component(SnpHypervisor(), "snp.hypervisor")
+    ghcb_events.register(builder)
+    vmrun.register(builder)
+    guest_agent.register(builder)
     check = RmpCheck()
     builder.at_boot(check.attach)
     builder.slot("access_check", check)
@@ -61,5 +69,6 @@ def register(builder: PluginBuilder) -> None:
         platform.committed_version = (sev.api_major, sev.api_minor, sev.build)
         platform.report_version = int(options["report_version"]) or (5 if part.name == "turin" else 3)
         platform.smt = bool(options["smt"])
+        snp_hypervisor(machine).psc_batch = int(options["psc_batch"])
 
     builder.at_boot(load_firmware)

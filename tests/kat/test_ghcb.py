@@ -24,17 +24,20 @@ from sevlab.plugins.sev_es import (
     Vmsa,
     msr_layout,
 )
+from sevlab.plugins.snp.psc import PscEntryValue, build_psc, parse_psc
 
 from tests.vectors import load_json, vector_set
 
 GHCB = vector_set("ghcb")
 CONSTANTS = load_json(GHCB / "ghcb_constants.json")
 MSR_VALUES = load_json(GHCB / "msr_protocol.json")
+PSC_BUFFERS = load_json(GHCB / "psc_buffers.json")
 
 FLIPS = {
     "ghcb_constants.json": ("value", "offset", "qword_index", "bit"),
     "msr_protocol.json": ("value", "valid"),
     "mailbox_constants.json": ("id", "code", "sev_data_launch_start", "WORKING", "SUPDATE"),
+    "psc_buffers.json": ("shared_buffer", "end_entry", "n_entries", "gfn", "op", "huge"),
 }
 
 INFOS = {
@@ -246,3 +249,20 @@ def test_command_buffers_are_as_long_as_in_linux():
 def test_states_have_the_numbers_of_sev_tool():
     assert {state.name: state.value for state in PlatformState} == MAILBOX["platform_states"]
     assert {state.name: state.value for state in GuestState} == MAILBOX["sev_guest_states_sev_tool"]
+
+
+@pytest.mark.parametrize("case", PSC_BUFFERS, ids=lambda case: case["shared_buffer"][:24])
+def test_a_page_state_change_parses_and_is_built_again(case):
+    raw = bytes.fromhex(case["shared_buffer"])
+    header, entries = parse_psc(raw)
+    assert (header.cur_entry, header.end_entry, len(entries)) == (
+        case["cur_entry"],
+        case["end_entry"],
+        case["n_entries"],
+    )
+    assert build_psc(entries, cur_entry=header.cur_entry) == raw
+    if case["entries"] is not None:
+        assert list(entries) == [
+            PscEntryValue(int(entry["gfn"], 16), entry["op"], entry["huge"], entry["cur_page"])
+            for entry in case["entries"]
+        ]

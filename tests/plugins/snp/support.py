@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from sevlab.core.config import GuestConfig
-from sevlab.core.events import HostMsr
+from sevlab.core.events import Done, HostMsr, Schedule
 from sevlab.core.testing import make_machine
 from sevlab.plugins.sev import Command
+from sevlab.plugins.sev_es import GuestSetup, Vmsa, initial_vmsa
 from sevlab.plugins.sme import SYSCFG, install_key
 from sevlab.plugins.snp import driver
+from sevlab.plugins.snp.driver import LaunchPage
+from sevlab.plugins.snp.launch_digest import PageType
 from sevlab.plugins.snp.layout import RmpState
-from sevlab.plugins.snp.records import RmpResult, RmpUpdate
+from sevlab.plugins.snp.records import RmpResult, RmpUpdate, SetPages
 from sevlab.plugins.snp.rmp import initialize_rmp
 from sevlab.plugins.snp.states import SnpVcpu, snp_state
 
@@ -88,3 +91,46 @@ def ask(machine, guest, message, *, request_spa=None):
         response_spa=pages.output_spa,
     )
     return status, driver.get(machine, pages.output_spa, 4096)
+
+
+GHCB_GPA = 0x8000
+SECRETS_GPA = 0x3000
+SHARED_GPA = 0xA000
+PRIVATE_GPA = 0x10_0000
+
+
+def snp_vmsa(**fields):
+    """A save area that VMRUN takes, with SNPActive."""
+    return (
+        Vmsa.from_bytes(initial_vmsa("qemu", sev_features=fields.pop("sev_features", 1))).replace(**fields).to_bytes()
+    )
+
+
+def talking_machine(*, vcpus=1, guests=1, features=0b11, pages=(), vmsa=None, options=None, **settings):
+    """Guests that run, each with a GHCB and shared pages for messages, by the reference guest and hypervisor."""
+    options = {"sev_es": {"features": features}} | (options or {})
+    machine = snp_machine(guests, vcpus=vcpus, options=options, **settings)
+    launched = []
+    for vm_id, vm in list(machine.hypervisor.vms.items()):
+        guest = driver.begin_launch(machine, vm_id)
+        shared = (GHCB_GPA, *range(SHARED_GPA, SHARED_GPA + 6 * 4096, 4096))
+        zero = tuple(LaunchPage(gpa, PageType.ZERO) for gpa in shared)
+        for page in (LaunchPage(SECRETS_GPA, PageType.SECRETS), *zero, *pages):
+            assert driver.load(machine, vm_id, guest, page) == 0
+        driver.load_vmsa(machine, vm.vcpu_ids[0], guest, vmsa or snp_vmsa())
+        for vcpu_id in vm.vcpu_ids[1:]:
+            machine.vcpus[vcpu_id].halted = True
+        driver.finish(machine, guest)
+        first = vm.vcpu_ids[0]
+        machine.apply(Schedule())
+        for step in (
+            SetPages(first, GHCB_GPA, 1, 0, False),
+            GuestSetup(first, GHCB_GPA),
+            SetPages(first, SHARED_GPA, 6, 0, False),
+            SetPages(first, PRIVATE_GPA, 4, 0, True),
+        ):
+            outcome = machine.apply(step)
+            assert Done() in outcome.records, outcome
+        launched.append(guest)
+    machine.mark()
+    return machine, launched
