@@ -46,6 +46,9 @@ COMMANDS: tuple[CommandSpec, ...] = (
     CommandSpec("report", "Decode an attestation report", "sevlab.plugins.snp.commands.show:report", "show"),
     CommandSpec("certtable", "Decode a certificate table", "sevlab.plugins.snp.commands.show:certtable", "show"),
     CommandSpec("cert", "Decode certificates: SEV, AMD, X.509", "sevlab.plugins.snp.commands.show:cert", "show"),
+    CommandSpec("secrets", "Decode an SNP secrets page", "sevlab.plugins.snp.commands.pages:secrets", "show"),
+    CommandSpec("cpuid-page", "Decode an SNP CPUID page", "sevlab.plugins.snp.commands.pages:cpuid_page", "show"),
+    CommandSpec("rmp", "Decode entries of a reverse map table", "sevlab.plugins.snp.commands.pages:rmp", "show"),
     CommandSpec("chain", "Say who signed whom among certificates", "sevlab.plugins.snp.commands.show:chain", "show"),
 )
 

@@ -15,6 +15,7 @@ from sevlab.plugins.snp.automata import SNP_GUEST, SNP_PLATFORM
 from sevlab.plugins.snp.cert_table import CertTableRow
 from sevlab.plugins.snp.command_table import COMMAND_LAYOUTS
 from sevlab.plugins.snp.firmware import MetadataHeader, MetadataSection
+from sevlab.plugins.snp.fuzzing import COUNTERS, ORACLES, TARGETS
 from sevlab.plugins.snp.guest_pages import GUEST_PAGE_LAYOUTS
 from sevlab.plugins.snp.id_block import IdAuth, IdBlock
 from sevlab.plugins.snp.kernel_hashes import KernelHashTable
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
+    from sevlab.core.oracle import Oracle, StateCounter, Target
     from sevlab.core.statemachine import StateMachine
 
 OWNER_LAYOUTS: tuple[type[Layout], ...] = (
@@ -88,9 +90,30 @@ def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
 def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
     return (
         DemoChapter(
+            "snp",
+            "SNP: a guest launched, attested, and attacked in vain",
+            50,
+            "sevlab.plugins.snp.demo:chapter",
+        ),
+        DemoChapter(
             "attestation",
             "SNP: a real report of a Milan verified against AMD's chain",
             60,
             "sevlab.plugins.snp.demo_attestation:chapter",
         ),
     )
+
+
+@hookimpl
+def sevlab_oracles() -> tuple[Oracle, ...]:
+    return ORACLES
+
+
+@hookimpl
+def sevlab_targets() -> tuple[Target, ...]:
+    return TARGETS
+
+
+@hookimpl
+def sevlab_state_counters() -> tuple[StateCounter, ...]:
+    return COUNTERS

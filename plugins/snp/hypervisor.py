@@ -13,9 +13,9 @@ from sevlab.core.cpu import FaultUnwind
 from sevlab.core.state import StateDict, Stateful, new
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.plugins.sev import Command
-from sevlab.plugins.snp.layout import IMMUTABLE, RmpState
+from sevlab.plugins.snp.layout import ASID_SHIFT, ASSIGNED, IMMUTABLE, PAGE_SIZE
 from sevlab.plugins.snp.rmp import PAGES_PER_2M, owning_entry, region_of
-from sevlab.plugins.snp.rmp_host import RmpCode, psmash, rmp_update, snp_enabled
+from sevlab.plugins.snp.rmp_host import NewState, RmpCode, psmash, snp_enabled, update
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
@@ -111,8 +111,8 @@ def make_private(machine: Machine, vm_id: int, gpa: int, *, large: bool) -> bool
     found = owning_entry(machine, spa)
     if found is not None and found[1].asid == asid and found[1].gpa + spa - found[0] == gpa and not large:
         return True
-    wish = {"gpa": gpa, "assigned": 1, "asid": asid, "page_size": int(large)}
-    code = rmp_update(machine, spa, RmpState.from_bytes(RmpState.build(**wish)))
+    low = ASSIGNED | gpa | asid << ASID_SHIFT | (PAGE_SIZE if large else 0)
+    code = update(machine, spa, NewState(low, length_bytes))
     if large and code == RmpCode.FAIL_OVERLAP:
         pages = range(0, PAGE_2M_BYTES, PAGE_BYTES)
         return all(make_private(machine, vm_id, gpa + offset, large=False) for offset in pages)
@@ -137,8 +137,7 @@ def make_shared(machine: Machine, vm_id: int, gpa: int, *, large: bool) -> bool:
         for number in range(PAGES_PER_2M):
             part = number * PAGE_BYTES
             _map(machine, vm_id, gpa - (spa - found[0]) + part, found[0] + part, PAGE_BYTES)
-    wish = {"page_size": int(large and found[1].huge)}
-    code = rmp_update(machine, spa, RmpState.from_bytes(RmpState.build(**wish)))
+    code = update(machine, spa, NewState(0, length_bytes if found[1].huge else PAGE_BYTES))
     if large and not found[1].huge and not code:
         pages = range(PAGE_BYTES, PAGE_2M_BYTES, PAGE_BYTES)
         return all(make_shared(machine, vm_id, gpa + offset, large=False) for offset in pages)
@@ -150,7 +149,14 @@ def make_shared(machine: Machine, vm_id: int, gpa: int, *, large: bool) -> bool:
 
 
 def _map(machine: Machine, vm_id: int, gpa: int, spa: int, length_bytes: int) -> None:
-    """Map the page in its own size. Source: Linux arch/x86/kvm/mmu (sizes follow the RMP)."""
+    """Map the page in its own size, unless it is. Source: Linux arch/x86/kvm/mmu (sizes follow the RMP)."""
+    vcpu = machine.vcpus[machine.hypervisor.vms[vm_id].vcpu_ids[0]]
+    try:
+        now = machine.access.nested(vcpu, gpa, 0, 0)
+        if now.spa == spa and now.page_bytes == length_bytes and now.writable:
+            return
+    except FaultUnwind:
+        pass  # nothing is mapped there
     machine.access.nested_tables(machine.hypervisor.vms[vm_id]).map(gpa, spa, length_bytes)
     machine.access.forget()
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from sevlab.core.memory import TAG_ASP
-from sevlab.core.units import MASK64, PAGE_2M_BYTES, PAGE_BYTES, PAGE_SHIFT
+from sevlab.core.memory import TAG_ASP, Memory
+from sevlab.core.units import MASK64, PAGE_2M_BYTES, PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 from sevlab.plugins.snp.layout import (
     ASID,
     ASID_SHIFT,
@@ -89,7 +89,13 @@ def entry_address(machine: Machine, spa: int) -> int | None:
 def read_entry(machine: Machine, spa: int) -> Entry | None:
     """The entry of the page at `spa`; None: the table does not cover it."""
     address = entry_address(machine, spa)
-    return None if address is None else Entry._make(PAIR.unpack(machine.memory.read(address, ENTRY_BYTES, None)))
+    if address is None:
+        return None
+    memory = machine.memory
+    page = memory.pages.get(address >> PAGE_SHIFT)
+    if page is not None and page.key is None and type(memory) is Memory:  # modelled caches stand before the pages
+        return Entry(*PAIR.unpack_from(page.data, address & PAGE_MASK))
+    return Entry(*PAIR.unpack(memory.read(address, ENTRY_BYTES, None)))
 
 
 def write_entry(machine: Machine, spa: int, low: int, high: int) -> None:

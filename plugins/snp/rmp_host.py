@@ -131,15 +131,18 @@ KEPT_WITH = ASSIGNED | PAGE_SIZE | GPA | ASID
 
 
 def rmp_update(machine: Machine, spa: int, state: RmpState) -> RmpCode:
-    """RMPUPDATE of the page at `spa`.
+    """RMPUPDATE of the page at `spa` with the 16 bytes at RCX.
 
     Order: input, coverage, immutable, overlap of page sizes, in use. A new guest page is not validated and gives
     VMPL0 all rights, others none. Source: 24593, 15.36.5; the order is UNVERIFIED.
     """
     spa &= -PAGE_BYTES
     new = requested_state(state, spa)
-    if new is None:
-        return RmpCode.FAIL_INPUT
+    return RmpCode.FAIL_INPUT if new is None else update(machine, spa, new)
+
+
+def update(machine: Machine, spa: int, new: NewState) -> RmpCode:
+    """The rest of RMPUPDATE: from coverage on."""
     entry = read_entry(machine, spa)
     head = read_entry(machine, region_of(spa))
     if entry is None or head is None or read_entry(machine, spa + new.length_bytes - PAGE_BYTES) is None:

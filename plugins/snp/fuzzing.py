@@ -1,0 +1,178 @@
+"""What fuzzing needs of SNP: targets, oracles, and coordinates of state feedback."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from sevlab.core.events import Party
+from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
+from sevlab.core.vocabulary import Outcome, Record, spec_of
+from sevlab.plugins.snp.context import VMPCKS
+from sevlab.plugins.snp.layout import ASID, ASID_SHIFT, ASSIGNED, PAGE_SIZE
+from sevlab.plugins.snp.records import MessageAnswered
+from sevlab.plugins.snp.rmp import BOOKKEEPING_BYTES, ENTRY_BYTES, PAGES_PER_2M, PAIR, state_of
+from sevlab.plugins.snp.states import PageState, snp_state
+
+if TYPE_CHECKING:
+    from sevlab.core.machine import Machine
+
+
+COUNTERS_IN_TABLE = Struct("<1024Q")
+"""The page counters of every ASID that an entry has room for."""
+
+
+class RmpInvariants:
+    """The table agrees with itself and with what the firmware remembers."""
+
+    name = "snp.rmp"
+    documentation = (
+        "Between steps the RMP's page counters are the number of assigned pages of each ASID; every context page of the"
+        " firmware's is in state Context and no other page is; the table's own pages stay Firmware."
+        " Source: 56860, page states; AMD-ASPFW sev_rmp.c."
+    )
+
+    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
+        state = snp_state(machine)
+        if not state.rmp_base or not machine.components["sev"].snp_initialised:  # type: ignore[union-attr]
+            return ()
+        wrong = [
+            f"the context page {spa:#x} is {state_of(machine, spa).name}"
+            for spa in state.platform.guests
+            if state_of(machine, spa) is not PageState.CONTEXT
+        ]
+        if state_of(machine, state.rmp_base) is not PageState.FIRMWARE:
+            wrong.append("the table does not protect itself")
+        return tuple(Finding(self.name, "state", message, spec_of(step).kind) for message in wrong)
+
+    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
+        state = snp_state(machine)
+        if not state.rmp_base or not machine.components["sev"].snp_initialised:  # type: ignore[union-attr]
+            return ()
+        counted = count_assigned(machine)
+        counters = COUNTERS_IN_TABLE.unpack(machine.memory.read(state.rmp_base, COUNTERS_IN_TABLE.size, None))
+        wrong = [
+            f"ASID {asid}: counted {counter}, assigned {counted.get(asid, 0)}"
+            for asid, counter in enumerate(counters)
+            if asid and counter != counted.get(asid, 0)
+        ]
+        return tuple(Finding(self.name, "counter", message) for message in wrong)
+
+
+def count_assigned(machine: Machine) -> dict[int, int]:
+    """How many 4 KiB pages each ASID has by the entries of the table."""
+    state = snp_state(machine)
+    first = state.rmp_base + BOOKKEEPING_BYTES
+    counted: dict[int, int] = {}
+    entries = (state.rmp_end + 1 - first) // ENTRY_BYTES
+    raw = machine.memory.read(first, entries * ENTRY_BYTES, None)
+    for low, _high in PAIR.iter_unpack(raw):
+        asid = (low & ASID) >> ASID_SHIFT
+        if low & ASSIGNED and asid:
+            counted[asid] = counted.get(asid, 0) + (PAGES_PER_2M if low & PAGE_SIZE else 1)
+    return counted
+
+
+class MessageOrder:
+    """A VMPCK's counter only grows, by two for each message: no number is used twice."""
+
+    name = "snp.sequence"
+    documentation = (
+        "The firmware's count of each VMPCK is even and never goes back while its guest lives, and the guest's own"
+        " count never runs ahead of it. Source: 56860, SNP_GUEST_REQUEST."
+    )
+
+    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
+        wrong = [
+            f"guest {spa:#x}, VMPCK {number}: count {count} is odd"
+            for spa, guest in snp_state(machine).platform.guests.items()
+            for number, count in enumerate(guest.message_counts)
+            if count & 1
+        ]
+        answers = sum(isinstance(record, MessageAnswered) for record in outcome.records)
+        if answers > 1:
+            wrong.append(f"one message had {answers} answers")
+        return tuple(Finding(self.name, "count", message, spec_of(step).kind) for message in wrong)
+
+    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
+        return ()
+
+
+ORACLES: tuple[Oracle, ...] = (RmpInvariants(), MessageOrder())
+_NAMES = tuple(oracle.name for oracle in ORACLES)
+_RMP_STEPS = ("snp.rmpupdate", "snp.psmash", "snp.rmpread", "read", "write", "npt")
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "snp.commands",
+        Party.HYPERVISOR,
+        ("asp.command", "asp.read", "asp.write", "cache", *_RMP_STEPS),
+        _NAMES,
+        ("snp",),
+        "SNP mailbox commands and RMP instructions of a hostile hypervisor.",
+    ),
+    Target(
+        "snp.messages",
+        Party.GUEST,
+        ("snp.message", "sev_es.vmgexit", "write"),
+        _NAMES,
+        ("snp",),
+        "Guest messages of a hostile guest to the firmware, through an honest hypervisor.",
+    ),
+    Target(
+        "snp.psc",
+        Party.GUEST,
+        ("sev_es.vmgexit", "snp.pvalidate", "snp.rmpadjust", "snp.rmpquery", "write", "race"),
+        _NAMES,
+        ("snp",),
+        "Page state changes and RMP instructions of a hostile guest.",
+    ),
+    Target(
+        "snp.guest",
+        Party.HYPERVISOR,
+        ("snp.set-pages", "snp.message", "snp.create-ap", "sev_es.forge", "sev_es.forge-msr", *_RMP_STEPS),
+        _NAMES,
+        ("snp",),
+        "The reference guest against a hypervisor that forges replies and page states.",
+    ),
+)
+
+
+def _platform(machine: Machine) -> tuple[str, ...]:
+    platform = snp_state(machine).platform
+    return (platform.state.name, f"guests{min(len(platform.guests), 3)}", f"vlek{int(bool(platform.vlek))}")
+
+
+def _guests(machine: Machine) -> tuple[str, ...]:
+    return tuple(
+        f"{guest.state.name}{int(bool(guest.asid))}{int(guest.imi_en)}"
+        for guest in snp_state(machine).platform.guests.values()
+    )
+
+
+def _messages(machine: Machine) -> tuple[str, ...]:
+    return tuple(
+        "".join(str(min(guest.message_counts[number] // 2, 3)) for number in range(VMPCKS))
+        for guest in snp_state(machine).platform.guests.values()
+    )
+
+
+def _pages(machine: Machine) -> tuple[str, ...]:
+    """Which page states occur among the first pages of each VM: a small set, not their number."""
+    return tuple(
+        "".join(sorted({state_of(machine, vm.memory_spa + offset).name[:9] for offset in range(0, 0x10000, 0x1000)}))
+        for vm in machine.hypervisor.vms.values()
+    )
+
+
+def _vmpls(machine: Machine) -> tuple[str, ...]:
+    return tuple(f"{vcpu.vmpl}{int(vcpu.halted)}{int(vcpu.stopped)}" for vcpu in machine.vcpus.values())
+
+
+COUNTERS: tuple[StateCounter, ...] = (
+    StateCounter("snp.platform", _platform),
+    StateCounter("snp.guest", _guests),
+    StateCounter("snp.messages", _messages),
+    StateCounter("snp.page", _pages),
+    StateCounter("snp.vcpus", _vmpls),
+)
