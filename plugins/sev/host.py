@@ -47,11 +47,11 @@ def read_sev_status(_machine: Machine, vcpu: Vcpu | None, _msr: int) -> int | Fa
 
 
 def write_page_flush(machine: Machine, _vcpu: Vcpu | None, _msr: int, value: int) -> Fault | None:
-    """WRMSR of VM_PAGE_FLUSH: all cached views of one page; #GP(0) for ASID 0. The model's host is mapped one to one.
+    """WRMSR of VM_PAGE_FLUSH: all cached views of one page; #GP(0) for ASID 0 or an address that is not mapped.
 
-    Source: 24593, 15.34.9.
+    The model's host is mapped one to one. Source: 24593, 15.34.9.
     """
-    if not value & ASID_MASK:
+    if not value & ASID_MASK or value >= machine.memory.size_bytes:
         return Fault(Vector.GP, 0, 0)
     machine.memory.flush_page(value & ~ASID_MASK)
     return None

@@ -20,8 +20,10 @@ SEV_COMPLETE = 1 << 1
 OLD_BLOCK, NEW_BLOCK = 0x10500, 0x10900
 """Where the C2PMSG registers begin; register n is four bytes at 4 n. Source: Linux drivers/crypto/ccp/sp-pci.c."""
 
-COMMAND_FIELD = 0x7FF
-"""The driver's field is 11 bits wide; the published firmware decodes 8. Source: Linux include/linux/psp-sev.h."""
+COMMAND_FIELD = 0xFF
+"""The driver's field is 11 bits wide (Linux include/linux/psp-sev.h), the firmware looks at the low 8 of them.
+
+Source: AMD-ASPFW sev_uapp, SEV_CMD_ID_MASK."""
 
 
 class Feature:

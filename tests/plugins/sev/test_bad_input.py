@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from sevlab.core.events import AspCommand, AspStatus
 from sevlab.core.layout_tools import strategy
 from sevlab.plugins import sev
-from sevlab.plugins.sev import Command, GuestState, Status
+from sevlab.plugins.sev import Command, GuestState, Status, crypto
 from sevlab.plugins.sev.certificates import SevCertificate
 from sevlab.plugins.sev.legacy import LEGACY_COMMANDS
+from sevlab.plugins.sev.session import agreement_key
 from sevlab.plugins.sev.states import LIVE
 
 from tests.plugins.sev.world import PAGE, World, quiet, rejected
@@ -96,15 +97,36 @@ def test_every_command_buffer_survives_a_round_trip(layout, data):
     assert layout.from_bytes(image).to_bytes() == image
 
 
-@pytest.mark.parametrize("cut", range(0, SevCertificate.SIZE, 97))
+@pytest.mark.parametrize("cut", range(0, SevCertificate.SIZE, 521))
 def test_a_certificate_that_ends_early_opens_no_session(cut):
     """What follows a cut is what memory holds there: zeros."""
     world = world_in(GuestState.UNINIT)
     certificate, _ = world.session(0)
-    usable = cut >= 0x0A4  # behind the coordinates nothing is looked at: anybody may open a session
     fields = world.start_fields(0) | {"dh_spa": world.put(10, certificate[:cut].ljust(SevCertificate.SIZE, b"\0"))}
-    if not usable:
+    if cut < COORDINATES_END:
         assert rejected(world.machine, Command.LAUNCH_START, **fields) == Status.INVALID_CERTIFICATE
     else:
         assert world.run(Command.LAUNCH_START, **fields).status == Status.SUCCESS
     world.machine.reset()
+
+
+COORDINATES_END = 0x14 + 72 + 48
+"""Behind the point nothing is looked at, not even a signature: anybody may open a session."""
+
+
+def test_a_certificate_cut_at_any_byte_holds_a_key_only_when_its_point_is_whole():
+    certificate, _ = world_in(GuestState.UNINIT).session(0)
+    assert certificate[COORDINATES_END - 1]
+    for cut in range(SevCertificate.SIZE):
+        point = agreement_key(certificate[:cut].ljust(SevCertificate.SIZE, b"\0"))
+        assert (point is not None) == (cut >= COORDINATES_END), cut
+
+
+def test_every_bit_of_a_packets_mac_counts():
+    keys = crypto.TransportKeys(bytes(16), bytes(range(16)))
+    header, packet = crypto.seal_packet(keys, crypto.Context.DATA, bytes(64), iv=bytes(16))
+    assert crypto.open_packet(keys, crypto.Context.DATA, header, packet) == bytes(64)
+    for bit in range(8 * len(header)):
+        flipped = bytearray(header)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert crypto.open_packet(keys, crypto.Context.DATA, bytes(flipped), packet) is None, bit
