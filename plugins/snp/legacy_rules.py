@@ -28,9 +28,9 @@ COMMAND_BUFFER_STATE = Status.INVALID_PAGE_STATE + 0x40
 
 
 def register(builder: PluginBuilder) -> None:
-    """Put the rule before every legacy command that writes to its command buffer."""
+    """Put the rule before each legacy command of which the firmware demands it."""
     for declared in LEGACY_COMMANDS:
-        if declared.outputs:
+        if declared.firmware_page:
             builder.asp_commands.replace((LEGACY.interface, int(declared.command)), guarded)
 
 
