@@ -59,7 +59,8 @@ def make_vmrun_enter(before: VmrunEnter) -> VmrunEnter:
             return ExitCode.INVALID
         spa = vcpu.vmcb.vmsa_pa
         known = snp_state(machine).vcpus.get(vcpu.vcpu_id)
-        if known is None or known.vmsa_spa != spa or sev_es_state(machine).loaded.get(vcpu.vcpu_id) != spa:
+        loaded = sev_es_state(machine).loaded.get(vcpu.vcpu_id)
+        if known is None or known.vmsa_spa != spa or loaded != (spa, vcpu.asid):
             area = Vmsa.from_bytes(machine.memory.read(spa, PAGE_BYTES, machine.access.key_of(vcpu.asid, c_bit=True)))
             if not features_are_legal(vcpu, area.sev_features):
                 return ExitCode.INVALID
