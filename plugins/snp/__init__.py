@@ -27,6 +27,7 @@ from sevlab.plugins.snp.records import GUEST_RECORDS, RMP_RECORDS
 from sevlab.plugins.snp.report import REPORT_LAYOUTS
 from sevlab.plugins.snp.setup import OPTIONS, register
 from sevlab.plugins.snp.states import PAGE_STATES, PageState, page_state
+from sevlab.plugins.snp.svsm import SVSM_LAYOUTS, SVSM_RECORDS
 
 if TYPE_CHECKING:
     from typing import Any
@@ -64,7 +65,7 @@ def sevlab_register(builder: PluginBuilder) -> None:
 
 @hookimpl
 def sevlab_records() -> tuple[type, ...]:
-    return RMP_RECORDS + GUEST_RECORDS
+    return RMP_RECORDS + GUEST_RECORDS + SVSM_RECORDS
 
 
 @hookimpl
@@ -76,6 +77,7 @@ def sevlab_layouts() -> tuple[type[Layout], ...]:
         *MESSAGE_LAYOUTS,
         *GUEST_PAGE_LAYOUTS,
         *PSC_LAYOUTS,
+        *SVSM_LAYOUTS,
         *REPORT_LAYOUTS,
         *OWNER_LAYOUTS,
     )

@@ -15,7 +15,7 @@ from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.plugins.sev import Command
 from sevlab.plugins.snp.layout import ASID_SHIFT, ASSIGNED, IMMUTABLE, PAGE_SIZE
 from sevlab.plugins.snp.rmp import PAGES_PER_2M, owning_entry, region_of
-from sevlab.plugins.snp.rmp_host import NewState, RmpCode, psmash, snp_enabled, update
+from sevlab.plugins.snp.rmp_host import NewState, RmpCode, psmash, snp_enabled, update, update_run
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
@@ -145,6 +145,19 @@ def make_shared(machine: Machine, vm_id: int, gpa: int, *, large: bool) -> bool:
         return False
     if not large or found[1].huge:
         _map(machine, vm_id, gpa, spa, length_bytes)
+    return True
+
+
+def change_run(machine: Machine, vm_id: int, gpa: int, count: int, *, private: bool) -> bool:
+    """Make `count` pages of 4 KiB in a row private or shared at once; False: nothing was done, do each by itself."""
+    spa = page_spa(machine, vm_id, gpa, count * PAGE_BYTES)
+    if spa is None or not snp_enabled(machine):
+        return False
+    low = ASSIGNED | gpa | host_guest(machine, vm_id).asid << ASID_SHIFT if private else 0
+    if not update_run(machine, spa, count, NewState(low, PAGE_BYTES)):
+        return False
+    for offset in range(0, count * PAGE_BYTES, PAGE_BYTES):
+        _map(machine, vm_id, gpa + offset, spa + offset, PAGE_BYTES)
     return True
 
 

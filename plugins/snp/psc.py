@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.layout import Layout, bits, flag, u16, u32, u64
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
-from sevlab.plugins.snp.hypervisor import make_private, make_shared, snp_hypervisor
+from sevlab.plugins.snp.hypervisor import change_run, make_private, make_shared, snp_hypervisor
 from sevlab.plugins.snp.rmp import PAGES_PER_2M
 
 if TYPE_CHECKING:
@@ -114,19 +114,36 @@ def change_pages(machine: Machine, vcpu: Vcpu, data: bytes) -> tuple[int, bytes]
         return PscResult.INVALID_HEADER, b""
     out = bytearray(data[: PscHeader.SIZE + (end_entry + 1) * PscEntry.SIZE])
     limit = snp_hypervisor(machine).psc_batch or MAX_ENTRIES
+    words = [word for (word,) in _ENTRY.iter_unpack(bytes(out[PscHeader.SIZE :]))]
     result: int = PscResult.SUCCESS
     while cur_entry <= end_entry and limit:
-        offset = PscHeader.SIZE + cur_entry * PscEntry.SIZE
-        word: int = _ENTRY.unpack_from(out, offset)[0]
-        result = _change(machine, vcpu, word)
-        if result:
-            break
-        done = PAGES_PER_2M if word & _LARGE else 1
-        _ENTRY.pack_into(out, offset, word & ~_CUR_PAGE | done)
-        cur_entry += 1
-        limit -= 1
+        count = _run_length(words, cur_entry, min(end_entry + 1, cur_entry + limit))
+        private = words[cur_entry] >> _OPERATION_SHIFT & 0xF == PscOperation.PRIVATE
+        if count > 1 and not change_run(machine, vcpu.vm_id, words[cur_entry] & _GFN, count, private=private):
+            count = 1
+        if count == 1:
+            result = _change(machine, vcpu, words[cur_entry])
+            if result:
+                break
+        for number in range(cur_entry, cur_entry + count):
+            done = PAGES_PER_2M if words[number] & _LARGE else 1
+            _ENTRY.pack_into(out, PscHeader.SIZE + number * PscEntry.SIZE, words[number] & ~_CUR_PAGE | done)
+        cur_entry += count
+        limit -= count
     out[:2] = cur_entry.to_bytes(2, "little")
     return result, bytes(out)
+
+
+def _run_length(words: list[int], first: int, end: int) -> int:
+    """How many entries from `first` on are fresh 4 KiB pages in a row, of one operation and one region; at least 1."""
+    word = words[first]
+    if word & (_LARGE | _CUR_PAGE) or word >> _OPERATION_SHIFT & 0xF not in (PscOperation.PRIVATE, PscOperation.SHARED):
+        return 1
+    end = min(end, first + (PAGE_2M_BYTES - (word & _GFN) % PAGE_2M_BYTES) // PAGE_BYTES)
+    count = 1
+    while first + count < end and words[first + count] == word + count * PAGE_BYTES:
+        count += 1
+    return count
 
 
 def _change(machine: Machine, vcpu: Vcpu, word: int) -> int:

@@ -13,6 +13,7 @@ from sevlab.core.svm import Vector
 from sevlab.core.units import PAGE_MASK, align_down
 from sevlab.plugins.sme import SYSCFG, SmeCpuid
 from sevlab.plugins.snp.rmp import RMP_ALIGNMENT_BYTES, rmp_bytes_for, state_of
+from sevlab.plugins.snp.rmp_check import SNP_EN, VMPL_EN
 from sevlab.plugins.snp.rmp_host import snp_enabled
 from sevlab.plugins.snp.states import HWCR_SMM_LOCK, PageState, snp_state
 
@@ -35,13 +36,16 @@ EAX_RMPREAD = 1 << 21
 
 
 def register(builder: PluginBuilder) -> None:
-    """Register the registers; a part without SNP gets none of it."""
+    """Register the registers; on a part without SNP its bits of SYSCFG stay clear and CPUID says nothing of it."""
     part = builder.config.part
     builder.host_msrs.add(RMP_BASE, Msr(read_base, write_base))
     builder.host_msrs.add(RMP_END, Msr(read_end, write_end))
     builder.host_msrs.add(HWCR, Msr(read_hwcr, write_hwcr))
     builder.host_msrs.add(VM_HSAVE_PA, Msr(read_hsave, write_hsave))
-    builder.host_msrs.replace(SYSCFG, latched)
+    builder.host_msrs.replace(SYSCFG, lambda original: latched(original, 0 if part.vmpls else SNP_EN | VMPL_EN))
+    builder.at_boot(place_rmp)
+    if not part.vmpls:
+        return
     word = SmeCpuid.build(sev_snp=1, vmpl_count=part.vmpls)
     rmpread = EAX_RMPREAD if part.name == "turin" else 0
     builder.cpuid_bits(
@@ -49,7 +53,6 @@ def register(builder: PluginBuilder) -> None:
         eax=int.from_bytes(word[:4], "little") | EAX_VMPL | EAX_RMPQUERY | rmpread,
         ebx=int.from_bytes(word[4:8], "little"),
     )
-    builder.at_boot(place_rmp)
 
 
 def place_rmp(machine: Machine) -> None:
@@ -63,13 +66,13 @@ def place_rmp(machine: Machine) -> None:
         state.rmp_end = base + (length_bytes + RMP_LOW_BITS & ~RMP_LOW_BITS) - 1
 
 
-def latched(original: Msr) -> Msr:
-    """SYSCFG: once SNPEn is set, writes are ignored. Source: 24593, 15.36.2."""
+def latched(original: Msr, absent: int) -> Msr:
+    """SYSCFG: once SNPEn is set, writes are ignored; `absent` bits the part does not have. Source: 24593, 15.36.2."""
 
     def write(machine: Machine, vcpu: Vcpu | None, msr: int, value: int) -> Fault | None:
         if snp_enabled(machine) or original.write is None:
             return None
-        return original.write(machine, vcpu, msr, value)
+        return original.write(machine, vcpu, msr, value & ~absent)
 
     return Msr(original.read, write)
 

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.config import Option
 from sevlab.plugins.sev import register_commands, sev_state
-from sevlab.plugins.snp import ghcb_events, guest_agent, legacy_rules, records, registers, rmp_guest, rmp_host, vmrun
+from sevlab.plugins.snp import (
+    ghcb_events,
+    guest_agent,
+    legacy_rules,
+    records,
+    registers,
+    rmp_guest,
+    rmp_host,
+    svsm,
+    vmrun,
+)
 from sevlab.plugins.snp.command_table import SNP, SNP_COMMANDS
 from sevlab.plugins.snp.driver import SnpDriver
 from sevlab.plugins.snp.hypervisor import SnpHypervisor, snp_hypervisor
@@ -51,6 +61,7 @@ def register(builder: PluginBuilder) -> None:
     ghcb_events.register(builder)
     vmrun.register(builder)
     guest_agent.register(builder)
+    svsm.register(builder)
     check = RmpCheck()
     builder.at_boot(check.attach)
     builder.slot("access_check", check)

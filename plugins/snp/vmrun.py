@@ -59,15 +59,16 @@ def make_vmrun_enter(before: VmrunEnter) -> VmrunEnter:
             return ExitCode.INVALID
         spa = vcpu.vmcb.vmsa_pa
         known = snp_state(machine).vcpus.get(vcpu.vcpu_id)
-        loaded = sev_es_state(machine).loaded.get(vcpu.vcpu_id)
-        if known is None or known.vmsa_spa != spa or loaded != (spa, vcpu.asid):
+        same = sev_es_state(machine).loaded.get(vcpu.vcpu_id) == (spa, vcpu.asid)
+        if known is None or known.vmsa_spa != spa or not same:
             area = Vmsa.from_bytes(machine.memory.read(spa, PAGE_BYTES, machine.access.key_of(vcpu.asid, c_bit=True)))
             if not features_are_legal(vcpu, area.sev_features):
                 return ExitCode.INVALID
             known = SnpVcpu(sev_features=area.sev_features, vmsa_spa=spa)
             snp_state(machine).vcpus[vcpu.vcpu_id] = known
             vcpu.vmpl = area.vmpl & 3
-        failure = enter_encrypted(machine, vcpu, lambda _page: True)
+        if not same or not machine.memory.deferred(spa):  # else nobody has looked at the page since the last entry
+            failure = enter_encrypted(machine, vcpu, lambda _page: True)
         return failure if failure is not None else check_injection(vcpu, known.sev_features)
 
     return vmrun_enter

@@ -85,6 +85,14 @@ def test_replacing_nothing_is_refused_at_freeze():
         registry.freeze()
 
 
+def test_a_replacement_may_stand_alone_where_it_says_on_what():
+    registry = numbers()
+    registry.replace(1, lambda original: original + 10, plugin="one", absent=5)
+    assert registry.freeze() == {1: 15}
+    registry.add(1, 1, plugin="two")
+    assert registry.freeze() == {1: 11}
+
+
 def test_a_range_is_spelled_out_and_bounded():
     registry = numbers()
     add_range(Registrar(registry, "p"), 0x10, 0x12, "handler")

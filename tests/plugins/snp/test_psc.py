@@ -17,10 +17,12 @@ from sevlab.plugins.sev_es import (
     Terminated,
     Vmgexit,
 )
+from sevlab.plugins.snp import psc
+from sevlab.plugins.snp.driver import rmp_update
 from sevlab.plugins.snp.psc import MAX_ENTRIES, PscEntryValue, PscHeader, PscResult, build_psc, parse_psc
 from sevlab.plugins.snp.records import Pvalidate, SetPages
 from sevlab.plugins.snp.rmp import state_of
-from sevlab.plugins.snp.states import PageState
+from sevlab.plugins.snp.states import PageState, snp_state
 
 from tests.plugins.snp.support import GHCB_GPA, MIB, PRIVATE_GPA, talking_machine
 
@@ -141,6 +143,36 @@ def test_the_hypervisor_may_stop_in_between_and_the_guest_sends_again():
 def test_any_structure_is_answered(shared, structure):
     shared.reset()
     assert request(shared, structure)[0] in set(PscResult)
+
+
+RUNS = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(1, 8), st.sampled_from((1, 2, 3)), st.booleans()), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=RUNS, second=RUNS, frozen=st.integers(0, 12))
+def test_pages_in_a_row_end_as_if_each_was_alone(shared, first, second, frozen):
+    """The quick way of a run leaves the table, its counters and the structure as the slow one does."""
+    ends = []
+    for quick in (True, False):
+        shared.reset()
+        spa = shared.hypervisor.vms[0].memory_spa + ((BASE + 506 + frozen) << 12)
+        if frozen:
+            rmp_update(shared, spa, assigned=1, immutable=1)
+        answers = []
+        with pytest.MonkeyPatch.context() as patch:
+            if not quick:
+                patch.setattr(psc, "change_run", lambda *_arguments, **_keywords: False)
+            for runs in (first, second):
+                entries = []
+                for start, length, operation, large in runs:
+                    gfn = BASE if large else BASE + 506 + start
+                    entries += [PscEntryValue(gfn + n * (512 if large else 1), operation, large) for n in range(length)]
+                answers.append(request(shared, build_psc(tuple(entries))))
+        table = snp_state(shared).rmp_base
+        ends.append((answers, shared.memory.read(table, 0x4000 + 16 * 0x4000, None)))
+    assert ends[0] == ends[1]
 
 
 # The MSR form ---------------------------------------------------------------------------------------------------------

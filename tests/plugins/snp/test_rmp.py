@@ -351,6 +351,13 @@ def test_cpuid_announces_snp(machine):
     assert ebx >> 12 & 0xF == 4
 
 
+def test_a_part_without_snp_neither_announces_nor_enables_it():
+    machine = make_machine("snp", generation="rome")
+    assert not machine.apply(HostCpuid(0x8000_001F, 0)).records[0].eax & (1 << 4 | 1 << 5)
+    machine.apply(HostMsr(SYSCFG, True, 1 << 23 | 1 << 24 | 1 << 25))
+    assert machine.apply(HostMsr(SYSCFG, False, 0)).records[0].value & (1 << 24 | 1 << 25) == 0
+
+
 def test_initialisation_makes_dram_the_hypervisor_s_and_protects_the_table(machine):
     own(machine)
     initialize_rmp(machine, ((0x80_0000, 2),))
