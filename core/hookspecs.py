@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sevlab.core.config import Option
     from sevlab.core.layout import Layout
     from sevlab.core.oracle import Canary, Oracle, StateCounter, Target
+    from sevlab.core.porting import Porting
     from sevlab.core.statemachine import StateMachine
 
 hookspec = pluggy.HookspecMarker("sevlab")
@@ -85,3 +86,8 @@ def sevlab_canaries() -> tuple[Canary, ...]:
 @hookspec
 def sevlab_state_counters() -> tuple[StateCounter, ...]:
     """Bring coordinates for state feedback."""
+
+
+@hookspec
+def sevlab_porting() -> tuple[Porting, ...]:
+    """Say what becomes of a plain guest's exits under a feature, and bring a machine that executes them."""

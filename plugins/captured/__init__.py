@@ -13,7 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.hookspecs import hookimpl
+from sevlab.core.porting import Porting
 from sevlab.plugins.captured import exits, faults, learned, steps
+from sevlab.plugins.captured.porting import JUDGES
 from sevlab.plugins.captured.records import ApicAccessed, Decoded, InterruptCommand, InterruptEnded
 from sevlab.plugins.captured.state import Captured
 
@@ -32,6 +34,11 @@ def sevlab_register(builder: PluginBuilder) -> None:
     exits.register(builder)
     faults.register(builder)
     learned.register(builder)
+
+
+@hookimpl
+def sevlab_porting() -> tuple[Porting, ...]:
+    return tuple(Porting(feature, judge) for feature, judge in JUDGES.items())
 
 
 @hookimpl

@@ -22,7 +22,9 @@ APIC_UNCERTAIN = frozenset((0x30, 0x90, 0xA0, 0xC0, 0x390, *range(0x100, 0x280, 
 """Version, priorities, current count, ISR, TMR, IRR: time, configuration, and the order of interrupts."""
 
 LAPIC, IOAPIC = 0xFEE0_0000, 0xFEC0_0000
-IOAPIC_SELECT, IOAPIC_WINDOW, IOAPIC_FIRST_ENTRY = 0x00, 0x10, 0x10
+IOAPIC_SELECT, IOAPIC_WINDOW = 0x00, 0x10
+IOAPIC_ENTRIES = range(0x10, 0x10 + 2 * 24)
+"""The redirection entries of 24 pins; how many more there are is the captured machine's configuration."""
 
 
 def port_certain(machine: Machine, vcpu: Vcpu, port: int, width: int) -> bool:
@@ -46,6 +48,6 @@ def mmio_certain(machine: Machine, vcpu: Vcpu, gpa: int) -> bool:
     if gpa & ~0xFFF == IOAPIC:
         offset = gpa & 0xFF
         return offset == IOAPIC_SELECT or (
-            offset == IOAPIC_WINDOW and devices(machine, vcpu).ioapic.select >= IOAPIC_FIRST_ENTRY
+            offset == IOAPIC_WINDOW and devices(machine, vcpu).ioapic.select in IOAPIC_ENTRIES
         )
     return False

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from sevlab.core.events import Supplied
 from sevlab.core.svm import EVENT_VALID, EventType, ExitCode
 from sevlab.core.units import MASK64
-from sevlab.plugins.captured.certain import LAPIC, mmio_certain
+from sevlab.plugins.captured.certain import IOAPIC, LAPIC, mmio_certain
 from sevlab.plugins.captured.exits import apic_effects
 from sevlab.plugins.captured.records import ApicAccessed
 from sevlab.plugins.captured.state import captured
-from sevlab.plugins.io import Insn, decode, devices, inject_software, write_register
+from sevlab.plugins.io import Insn, decode, devices, inject_software, mmio_read, mmio_write, write_register
 
 if TYPE_CHECKING:
     from sevlab.core.builder import ExitHandler, PluginBuilder
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sevlab.core.machine import Machine
 
 STRING_MOVES = ("movsb", "movsw", "movsd", "movsq")
+WORD_DEVICES, WORD_BYTES = (LAPIC, IOAPIC), 4
 RAM_GPA = 0x1000
 """Where the operand of a string move lies that is not the device."""
 
@@ -39,6 +40,8 @@ def nested_fault(original: ExitHandler) -> ExitHandler:
     def handle(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
         step: GuestExit = captured(machine).step
         if not step.insn:
+            if exit_.exit_info_2 & ~0xFFF in WORD_DEVICES and (step.stored or step.answers):
+                _word(machine, vcpu, exit_.exit_info_2, step)
             return  # memory that the hypervisor maps: the guest executes the instruction again
         rip = vcpu.regs.rip
         insn = decode(step.insn, step.mode or 64, rip)
@@ -68,6 +71,17 @@ def nested_fault(original: ExitHandler) -> ExitHandler:
             machine.emit(Supplied("value"))
 
     return handle
+
+
+def _word(machine: Machine, vcpu: Vcpu, gpa: int, step: GuestExit) -> None:
+    """An access to an interrupt controller in a log without instructions: it takes 32-bit words only."""
+    if step.stored:
+        mmio_write(machine, vcpu, gpa, WORD_BYTES, step.stored[0])
+        return
+    sure = mmio_certain(machine, vcpu, gpa)
+    mmio_read(machine, vcpu, gpa, WORD_BYTES)
+    if not sure:
+        machine.emit(Supplied("value"))
 
 
 def place_operand(machine: Machine, vcpu: Vcpu, insn: Insn, step: GuestExit, gpa: int) -> int:

@@ -15,6 +15,7 @@ from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
 from sevlab.core.oracle import StateCounter
+from sevlab.core.porting import Porting
 from sevlab.plugins.sev_es import guest_driver, hardware, hypervisor, msr_layout, startup
 from sevlab.plugins.sev_es.declare import (
     DONE,
@@ -70,6 +71,7 @@ from sevlab.plugins.sev_es.io_events import KVM_6_12, SHARED_BUFFER
 from sevlab.plugins.sev_es.msr_layout import MSR_GHCB, MSR_SEV_STATUS, MsrInfo
 from sevlab.plugins.sev_es.msr_requests import REQUESTS
 from sevlab.plugins.sev_es.order import CONVERSATION, Broken, Exchange, OrderState, check, check_vc
+from sevlab.plugins.sev_es.porting import PORTING
 from sevlab.plugins.sev_es.profiles import PROFILES, RESET_EIP, VmsaProfile, initial_vmsa
 from sevlab.plugins.sev_es.records import (
     RECORDS,
@@ -247,6 +249,11 @@ def _holds(machine: Machine) -> tuple[str, ...]:
 
 def _stages(machine: Machine) -> tuple[str, ...]:
     return tuple(vcpu.stage.name for vcpu in sev_es_state(machine).order.vcpus.values())
+
+
+@hookimpl
+def sevlab_porting() -> tuple[Porting, ...]:
+    return PORTING
 
 
 @hookimpl

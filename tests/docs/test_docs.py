@@ -11,7 +11,19 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
-from sevlab.core import builder, cliapi, config, hookspecs, layout, oracle, plugins, state, statemachine, vocabulary
+from sevlab.core import (
+    builder,
+    cliapi,
+    config,
+    hookspecs,
+    layout,
+    oracle,
+    plugins,
+    porting,
+    state,
+    statemachine,
+    vocabulary,
+)
 from sevlab.core.events import Party
 from sevlab.core.machine import Machine
 
@@ -42,7 +54,7 @@ def test_the_guide_names_no_hook_that_does_not_exist():
 def test_each_example_is_a_working_plugin(hook):
     code = re.search(r"```python\n(.*?)```", section(hook)[1], re.DOTALL)[1]
     names = {"Enum": Enum, "NamedTuple": NamedTuple, "Party": Party, "hookimpl": hookspecs.hookimpl}
-    for module in (builder, cliapi, config, layout, oracle, state, statemachine, vocabulary):
+    for module in (builder, cliapi, config, layout, oracle, porting, state, statemachine, vocabulary):
         names |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
     example = ModuleType("frob", "The example of the guide.")
     vars(example).update(names)
