@@ -9,6 +9,7 @@ _HERE = "sevlab.traces.commands"
 
 COMMANDS: tuple[CommandSpec, ...] = (
     CommandSpec("import", "Turn a log of a real machine into a trace", f"{_HERE}.import_:import_"),
+    CommandSpec("assess", "Say what happens to a captured guest under encryption", f"{_HERE}.assess:assess"),
     CommandSpec("replay", "Replay captures and traces, and compare", f"{_HERE}.replay:replay"),
     CommandSpec("record", "Record what a command or a script does to its machines", f"{_HERE}.record:record"),
     CommandSpec("trace", "Show a trace: header, kinds, entries", f"{_HERE}.show:trace", "show"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.core.errors import TraceFormatError
-from sevlab.traces.importers import kvm_text, trace_dat
+from sevlab.traces.importers import ghcb_lines, kvm_text, trace_dat, xentrace
 from sevlab.traces.importers.source import Source, open_source
 from sevlab.traces.schema import Entry, Header
 from sevlab.traces.schema import Source as Origin
@@ -60,6 +60,20 @@ def _starts(magic: bytes) -> Callable[[bytes], str]:
 
 FORMATS: tuple[Format, ...] = (
     Format("trace.dat", "trace-cmd's binary file", ("captured",), _starts(trace_dat.MAGIC), _dat),
+    Format(
+        "xentrace",
+        "xentrace's binary file",
+        ("captured",),
+        lambda head: "" if xentrace.recognise(head) else "it does not start with a window of a CPU",
+        lambda source: xentrace.XenTrace(source.stream),
+    ),
+    Format(
+        "ghcb",
+        "GHCB traffic of a guest, JSON lines",
+        ("io", "sme", "sev", "sev_es"),
+        lambda head: "" if ghcb_lines.recognise(head) else "its lines are no arrays of vc, msr, ghcb",
+        lambda source: ghcb_lines.GhcbLines(source.text()),
+    ),
     *(_kvm(name) for name in ("ftrace", "trace-cmd", "perf")),
 )
 """All formats, in the order in which they are tried."""

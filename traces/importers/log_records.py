@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sevlab.core.vocabulary import Boundary, Derived, Input, outcome, step
+from sevlab.core.vocabulary import Boundary, Checked, Derived, Input, outcome, step
 from sevlab.traces.importers import kvm_exits, kvm_host, kvm_interrupts
 from sevlab.traces.importers.events import EVENTS
 
@@ -51,12 +51,47 @@ class Gap(NamedTuple):
     events: Derived[tuple[int, ...]]
 
 
+@outcome("log.xen", Boundary.CPU)
+class XenEvent(NamedTuple):
+    """A record of xentrace: its event id and its words (Xen xen/include/public/trace.h)."""
+
+    event: Derived[int]
+    words: Checked[tuple[int, ...]]
+
+
+@outcome("log.ghcb-msr", Boundary.GHCB)
+class GhcbMsrTraffic(NamedTuple):
+    """A VMGEXIT by the MSR protocol: the GHCB MSR before and after."""
+
+    request: Checked[int]
+    reply: Input[int]
+
+
+@outcome("log.ghcb", Boundary.GHCB)
+class GhcbPageTraffic(NamedTuple):
+    """A VMGEXIT by the page protocol: non-zero qwords that the guest left, by offset, and those that the reply changed.
+
+    Stale fields whose valid bit is clear are among them.
+    """
+
+    gpa: Derived[int]
+    qwords: Checked[tuple[tuple[int, int], ...]]
+    version: Checked[int]
+    usage: Checked[int]
+    data: Checked[bytes]
+    reply: Input[tuple[tuple[int, int], ...]]
+    reply_data: Input[bytes]
+
+
 LOG_RECORDS: tuple[type, ...] = (
     HostActivity,
     ExitEvent,
     Entered,
     OpaqueEvent,
     Gap,
+    XenEvent,
+    GhcbMsrTraffic,
+    GhcbPageTraffic,
     *(event.record for event in EVENTS.values()),
 )
 """All record kinds of imported logs; part of the vocabulary of every trace."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from sevlab.core.config import GuestConfig, MachineConfig
@@ -10,8 +10,17 @@ from sevlab.core.events import GuestExit
 from sevlab.core.machine import Machine
 from sevlab.core.svm import exit_name
 from sevlab.traces.importers.catalogue import GUEST_BYTES, MAX_VCPUS
-from sevlab.traces.importers.log_records import Entered
-from sevlab.traces.replay.kvm_checks import COMPARATORS, HOST_BUSINESS, Context, Exchange, lines_set, remember
+from sevlab.traces.importers.log_records import Entered, XenEvent
+from sevlab.traces.replay import xen_checks
+from sevlab.traces.replay.kvm_checks import (
+    COMPARATORS,
+    HOST_BUSINESS,
+    Comparison,
+    Context,
+    Exchange,
+    lines_set,
+    remember,
+)
 from sevlab.traces.replay.rules import explanation
 from sevlab.traces.replay.tally import Divergence, Tally
 from sevlab.traces.schema import Entry
@@ -20,6 +29,10 @@ from sevlab.traces.schema import Entry
 def machine_config(vcpus: int = MAX_VCPUS) -> MachineConfig:
     """The machine that replays a log of KVM."""
     return MachineConfig(plugins=("captured",), guests=(GuestConfig(vcpus=vcpus, memory_bytes=GUEST_BYTES),))
+
+
+CHECKS: dict[type, Callable[[Exchange, Any], Iterator[Comparison]]] = {**COMPARATORS, XenEvent: xen_checks.event}
+"""What compares which record."""
 
 
 class Replay:
@@ -82,7 +95,7 @@ class Replay:
             compared = 0
             for record in recorded:
                 kind = type(record)
-                comparator = COMPARATORS.get(kind)
+                comparator = CHECKS.get(kind)
                 if comparator is not None:
                     for check, was, now in comparator(x, record):
                         compared += 1

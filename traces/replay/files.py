@@ -13,6 +13,7 @@ from sevlab.core.machine import Machine
 from sevlab.traces.importers.catalogue import open_capture
 from sevlab.traces.reader import TraceReader
 from sevlab.traces.replay.engine import Replay
+from sevlab.traces.replay.ghcb import GhcbReplay
 from sevlab.traces.replay.tally import Tally
 from sevlab.traces.schema import Entry, Header
 
@@ -48,6 +49,8 @@ def open_entries(path: Path) -> Opened:
 def replay_file(path: Path, choice: Choice, progress: Callable[[int], None] | None = None) -> Tally:
     """Replay one file of an imported log."""
     opened = open_entries(path)
+    if opened.header.source.format == "ghcb":
+        return GhcbReplay().run(opened.entries, until=choice.until, stop_at_first=choice.stop_at_first)
     replay = Replay(Machine(opened.header.config))
     return replay.run(
         opened.entries,

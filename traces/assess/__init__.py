@@ -1,0 +1,1 @@
+"""What happens to a captured plain guest when it is encrypted."""
