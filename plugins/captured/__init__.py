@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sevlab.core.cliapi import DemoChapter
 from sevlab.core.hookspecs import hookimpl
 from sevlab.core.porting import Porting
 from sevlab.plugins.captured import exits, faults, learned, steps
@@ -34,6 +35,18 @@ def sevlab_register(builder: PluginBuilder) -> None:
     exits.register(builder)
     faults.register(builder)
     learned.register(builder)
+
+
+@hookimpl
+def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
+    return (
+        DemoChapter(
+            "captured",
+            "A captured boot: imported, replayed, and assessed for SEV-ES",
+            1,
+            "sevlab.traces.demo:chapter",
+        ),
+    )
 
 
 @hookimpl

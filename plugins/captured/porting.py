@@ -149,7 +149,22 @@ def _device(step: GuestExit) -> Judgement:
     elif memory.base:
         write_register(registers, memory.base, step.exit_info_2 - memory.displacement & MASK64)
     values = tuple((name, getattr(registers, name)) for name in GPR_NAMES)
+    if memory.rip_relative:
+        values = (("rip", step.rip + step.exit_info_2 - memory.displacement & MASK64), *values)
+    if step.mode in (16, 32) and form is Form.MOV:
+        value = step.stored[0] if step.stored else 0
+        values = (("rbx", step.exit_info_2), ("rax", value))
+        return Judgement(Path.NAE, kind, STANDS_FOR, "", row.xen, _move(size, writes=writes), values)
     return Judgement(Path.NAE, kind, "", "", row.xen, step.insn, values)
+
+
+STANDS_FOR = "32-bit code: the same access in 64-bit code stands for it"
+
+
+def _move(size: int, *, writes: bool) -> bytes:
+    """MOV between [RBX] and the accumulator, `size` bytes wide."""
+    opcode = (0x88 if writes else 0x8A) | (size > 1)
+    return {2: b"\x66", 8: b"\x48"}.get(size, b"") + bytes((opcode, 0x03))
 
 
 def _port(step: GuestExit) -> Judgement:

@@ -113,7 +113,7 @@ def test_demo_tells_the_first_chapter():
 def test_an_unknown_chapter_is_a_configuration_error():
     result = run("demo", "nonsense")
     assert result.returncode == 2
-    assert result.stderr.startswith("sevlab: configuration: demo chapter 'nonsense': expected one of sme")
+    assert result.stderr.startswith("sevlab: configuration: demo chapter 'nonsense': expected one of captured")
     assert "Traceback" not in result.stderr
 
 

@@ -160,8 +160,7 @@ class Assessor:
         """Assess one exchange."""
         result = self.result
         is_device = step.exit_code == ExitCode.NPF and is_device_access(entry.outcome)
-        assert self._judge is not None
-        judgement = self._judge(step, is_device)
+        judgement = self.judge(step, is_device)
         result.exits += 1
         result.vcpus = max(result.vcpus, step.vcpu + 1)
         row = result.rows.get((judgement.path, judgement.kind))
@@ -197,6 +196,24 @@ class Assessor:
             self._execute(step, judgement, row.executed)
         result.timeline.add(entry.time_ns, judgement.path)
 
+    def judge(self, step: GuestExit, is_device: bool) -> Judgement:  # noqa: FBT001  # as `Porting.judge`
+        """What becomes of an exit."""
+        assert self._judge is not None
+        judgement: Judgement = self._judge(step, is_device)
+        return judgement
+
+    def execute(self, step: GuestExit, judgement: Judgement) -> tuple[Record, ...]:
+        """Do in the subject what the guest did, and return what happened; nothing where there is no subject."""
+        subject = self._subject
+        if subject is None:
+            return ()
+        subject.reset()
+        subject.apply(SetRegisters(0, (("rip", RIP), *judgement.registers)))
+        device = step.exit_code == ExitCode.NPF
+        info_1 = step.exit_info_1 | RESERVED if device else step.exit_info_1
+        exit_ = CpuExit(0, step.exit_code, info_1, step.exit_info_2 if device else 0, judgement.insn, 0)
+        return subject.apply(exit_).records
+
     def _execute(self, step: GuestExit, judgement: Judgement, executed: Exchanged) -> None:
         """Do in the subject what the guest did: once for each form of it, counted for every exit."""
         key = (step.exit_code, step.exit_info_1, step.exit_info_2 & ~0xFFF if step.exit_code == ExitCode.NPF else 0,
@@ -213,14 +230,7 @@ class Assessor:
             executed.example = known[1]
 
     def _ask(self, step: GuestExit, judgement: Judgement) -> tuple[int, list[str]]:
-        subject = self._subject
-        assert subject is not None
-        subject.reset()
-        subject.apply(SetRegisters(0, (*judgement.registers, ("rip", RIP))))
-        device = step.exit_code == ExitCode.NPF
-        info_1 = step.exit_info_1 | RESERVED if device else step.exit_info_1
-        exit_ = CpuExit(0, step.exit_code, info_1, step.exit_info_2 if device else 0, judgement.insn, 0)
-        records = subject.apply(exit_).records
+        records = self.execute(step, judgement)
         return sum(spec_of(record).kind in REQUESTS for record in records), [words(record) for record in records]
 
 

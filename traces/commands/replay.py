@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @click.option("--until", type=int, help="Stop after so many exchanges.")
 @click.option("--only", multiple=True, help="Compare this exit only (ioio, npf, ...); may be repeated.")
 @click.option("--stop-at-first", is_flag=True, help="Stop at the first unexplained difference.")
+@click.option("--start", default=0, help="Apply what comes before this exchange, and compare from there.")
+@click.option("--feature", default="", help="Send the same accesses through a guest under sev-es or snp.")
 @click.option("--jobs", default=1, show_default=True, help="Replay so many files at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def replay(
@@ -26,6 +28,8 @@ def replay(
     until: int | None,
     only: tuple[str, ...],
     stop_at_first: bool,  # noqa: FBT001  # click passes options by name
+    start: int,
+    feature: str,
     jobs: int,
     as_json: bool,  # noqa: FBT001
 ) -> None:
@@ -35,7 +39,7 @@ def replay(
     recordings = [path for path in files if _is_recording(path)]
     logs = [path for path in files if path not in recordings]
     differs = sum(_recorded(path, as_json=as_json) for path in recordings) > 0
-    choice = Choice(until, frozenset(only), stop_at_first)
+    choice = Choice(until, frozenset(only), stop_at_first, start, feature)
     if len(logs) == 1 and jobs <= 1:
         tallies = {logs[0]: _with_progress(logs[0], choice)}
     else:

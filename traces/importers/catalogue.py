@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.core.errors import TraceFormatError
-from sevlab.traces.importers import ghcb_lines, kvm_text, trace_dat, xentrace
+from sevlab.traces.importers import ccp_log, ghcb_lines, kvm_text, trace_dat, xentrace
 from sevlab.traces.importers.source import Source, open_source
 from sevlab.traces.schema import Entry, Header
 from sevlab.traces.schema import Source as Origin
@@ -73,6 +73,13 @@ FORMATS: tuple[Format, ...] = (
         ("io", "sme", "sev", "sev_es"),
         lambda head: "" if ghcb_lines.recognise(head) else "its lines are no arrays of vc, msr, ghcb",
         lambda source: ghcb_lines.GhcbLines(source.text()),
+    ),
+    Format(
+        "ccp",
+        "debug output of the ccp driver in a kernel log",
+        ("sev",),
+        lambda head: "" if ccp_log.recognise(head) else "no line of its start is a command of the ccp driver",
+        lambda source: ccp_log.CcpLog(source.text()),
     ),
     *(_kvm(name) for name in ("ftrace", "trace-cmd", "perf")),
 )

@@ -35,6 +35,10 @@ CHECKS: dict[type, Callable[[Exchange, Any], Iterator[Comparison]]] = {**COMPARA
 """What compares which record."""
 
 
+NONE = frozenset(("",))
+"""Classes that no exit has."""
+
+
 class Replay:
     """Replays entries one by one; `tally` counts."""
 
@@ -51,9 +55,11 @@ class Replay:
         until: int | None = None,
         only: frozenset[str] = frozenset(),
         stop_at_first: bool = False,
+        start: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Tally:
-        """Replay `entries`, up to exchange number `until`; `only` compares exits of these classes.
+        """Replay `entries`, up to exchange number `until`; `only` compares exits of these classes, `start` those from
+        this exchange on.
 
         Every exchange is applied, compared or not: the next ones depend on its state.
         """
@@ -62,7 +68,7 @@ class Replay:
             if type(entry.step) is GuestExit:
                 if until is not None and done >= until:
                     break
-                self.exchange(entry, only)
+                self.exchange(entry, NONE if done < start else only)
                 done += 1
                 if progress is not None and not done % 1000:
                     progress(done)

@@ -8,11 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from sevlab.core.errors import TraceFormatError
 from sevlab.core.events import GuestExit
 from sevlab.core.machine import Machine
 from sevlab.traces.importers.catalogue import open_capture
 from sevlab.traces.reader import TraceReader
 from sevlab.traces.replay.engine import Replay
+from sevlab.traces.replay.feature import FeatureReplay
 from sevlab.traces.replay.ghcb import GhcbReplay
 from sevlab.traces.replay.tally import Tally
 from sevlab.traces.schema import Entry, Header
@@ -26,6 +28,8 @@ class Choice(NamedTuple):
     until: int | None = None
     only: frozenset[str] = frozenset()
     stop_at_first: bool = False
+    start: int = 0
+    feature: str = ""
 
 
 class Opened(NamedTuple):
@@ -51,12 +55,19 @@ def replay_file(path: Path, choice: Choice, progress: Callable[[int], None] | No
     opened = open_entries(path)
     if opened.header.source.format == "ghcb":
         return GhcbReplay().run(opened.entries, until=choice.until, stop_at_first=choice.stop_at_first)
+    if opened.header.source.format == "ccp":
+        raise TraceFormatError(f"{path}: the answers of the firmware in a ccp log are not computed by the model")
+    if choice.feature:
+        return FeatureReplay(choice.feature).run(
+            opened.entries, until=choice.until, only=choice.only, stop_at_first=choice.stop_at_first
+        )
     replay = Replay(Machine(opened.header.config))
     return replay.run(
         opened.entries,
         until=choice.until,
         only=choice.only,
         stop_at_first=choice.stop_at_first,
+        start=choice.start,
         progress=progress,
     )
 

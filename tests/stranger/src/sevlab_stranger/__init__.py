@@ -15,6 +15,7 @@ from sevlab.core.hookspecs import hookimpl
 from sevlab.core.layout import Layout, u16, u32
 from sevlab.core.machine import Machine
 from sevlab.core.oracle import Canary, Finding, StateCounter, Target
+from sevlab.core.porting import Judgement, Path, Porting
 from sevlab.core.state import Stateful
 from sevlab.core.statemachine import StateMachine
 from sevlab.core.svm import ExitCode
@@ -203,6 +204,11 @@ def sevlab_canaries() -> tuple[Canary, ...]:
 @hookimpl
 def sevlab_state_counters() -> tuple[StateCounter, ...]:
     return (StateCounter("stranger.phase", lambda machine: (state(machine).phase.name,)),)
+
+
+@hookimpl
+def sevlab_porting() -> tuple[Porting, ...]:
+    return (Porting("stranger", lambda exit_, is_device: Judgement(Path.STAYS, "everything")),)
 
 
 @hookimpl
