@@ -128,7 +128,7 @@ COMMANDS: dict[int, tuple[type, dict[int, Operation], frozenset[int]]] = {
     Nr.GRANT_TABLE_OP: (Gnttabop, grant_table.FAST_OPERATIONS, frozenset(grant_table.BATCHES)),
     Nr.VCPU_OP: (Vcpuop, vcpu.FAST_OPERATIONS, frozenset()),
     Nr.SCHED_OP: (Schedop, sched.FAST_OPERATIONS, frozenset()),
-    Nr.EVENT_CHANNEL_OP: (Evtchnop, event_channel.FAST_OPERATIONS, frozenset()),
+    Nr.EVENT_CHANNEL_OP: (Evtchnop, event_channel.OPERATIONS, frozenset()),
     Nr.PHYSDEV_OP: (Physdevop, other.PHYSDEV_OPERATIONS, frozenset()),
     Nr.HVM_OP: (Hvmop, hvm.OPERATIONS, frozenset()),
 }

@@ -36,7 +36,6 @@ LEGACY_TABLES: Tables = {
 }
 FAST_TABLES: Tables = {
     **LEGACY_TABLES,
-    Nr.EVENT_CHANNEL_OP: event_channel.FAST_OPERATIONS,
     Nr.GRANT_TABLE_OP: grant_table.FAST_OPERATIONS,
     Nr.SCHED_OP: sched.FAST_OPERATIONS,
     Nr.VCPU_OP: vcpu.FAST_OPERATIONS,
@@ -113,18 +112,18 @@ class XenGuest:
         registers = dict(zip(("rdi", "rsi", "rdx", "r10", "r8"), args, strict=False))
         return signed(self._transport(number | flag, registers)["rax"], 64)
 
-    def invoke(self, number: int, command: int, *, vcpu: int | None = None, **fields: int) -> Answer:
-        """A sub-operation with its structure, in the guest's ABI; `vcpu` for those of vcpu_op."""
+    def invoke(self, number: int, command: int, *, on: int | None = None, **fields: int) -> Answer:
+        """A sub-operation with its structure, in the guest's ABI; those of vcpu_op work `on` a vCPU of the domain."""
         tables = FAST_TABLES if self.abi is Abi.FAST else LEGACY_TABLES
         operation = tables[number][command]
         if self.abi is Abi.FAST and operation.fast is not None:
-            return self._fast(number, command, operation, fields if vcpu is None else {"__vcpu": vcpu, **fields})
+            return self._fast(number, command, operation, on, fields)
         layout = _wide(operation.shape)
         handle = 0
         if layout is not None:
             self.write(self.bounce_gpa, layout.build(**fields))
             handle = self.bounce_gpa
-        args = (command, handle) if vcpu is None else (command, vcpu, handle)
+        args = (command, handle) if on is None else (command, on, handle)
         if number == Nr.GRANT_TABLE_OP:
             args = (command, handle, 1)
         result = self.call(number, *args)
@@ -133,10 +132,12 @@ class XenGuest:
         after: Any = layout.from_bytes(self.read(self.bounce_gpa, layout.SIZE))
         return Answer(result, {name: getattr(after, name) for name in layout.FIELDS})
 
-    def _fast(self, number: int, command: int, operation: Operation, fields: Mapping[str, int]) -> Answer:
+    def _fast(
+        self, number: int, command: int, operation: Operation, on: int | None, fields: Mapping[str, int]
+    ) -> Answer:
         registers = {"rdi": command}
-        if "__vcpu" in fields:
-            registers["rsi"] = fields["__vcpu"]
+        if on is not None:
+            registers["rsi"] = on
         for name, index in operation.fast or ():
             registers[FAST_REGISTERS[index]] = fields.get(name, 0)
         after = self._transport(number | ABI_FLAG, registers)

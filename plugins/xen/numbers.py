@@ -6,7 +6,7 @@ hvm/{hvm_op,params}.h; numbers 43 and the flag 0x40000000 from Vates's series (n
 
 from __future__ import annotations
 
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 
 class Nr(IntEnum):
@@ -241,7 +241,7 @@ class Gnttabop(IntEnum):
     CACHE_FLUSH = 12
 
 
-class Gtf(IntFlag):
+class Gtf(IntEnum):
     """Flags of a grant entry."""
 
     PERMIT_ACCESS = 1
@@ -254,7 +254,7 @@ class Gtf(IntFlag):
     SUB_PAGE = 1 << 8
 
 
-class Gntmap(IntFlag):
+class Gntmap(IntEnum):
     """Flags of a grant mapping."""
 
     DEVICE_MAP = 1

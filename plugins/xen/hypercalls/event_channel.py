@@ -19,7 +19,7 @@ from sevlab.plugins.xen.arguments import (
     Port,
     SetPriority,
 )
-from sevlab.plugins.xen.call import Abi, Call
+from sevlab.plugins.xen.call import Call
 from sevlab.plugins.xen.frames import may_write, page_of
 from sevlab.plugins.xen.layout import FifoControlBlock
 from sevlab.plugins.xen.numbers import DOMAIN_VIRQS, NR_VIRQS, PER_VCPU_VIRQS, Errno, Evtchnop, Nr
@@ -227,16 +227,6 @@ def unmask(call: Call, a: Any) -> int:
     return 0
 
 
-def _reset(call: Call, handle: int, *, resuming: bool) -> int:
-    arguments = call.read(handle, Dom)
-    if arguments is None:
-        return -Errno.EFAULT
-    result = _reset_domain(call, arguments.dom, resuming=resuming)
-    if result == -Errno.ERESTART:
-        return call.continue_(Nr.EVENT_CHANNEL_OP, Evtchnop.RESET_CONT, handle)
-    return result
-
-
 def _reset_domain(call: Call, domid: int, *, resuming: bool) -> int:
     domain = call.any_domain(domid)
     if domain is None:
@@ -263,19 +253,21 @@ def _reset_domain(call: Call, domid: int, *, resuming: bool) -> int:
     return 0
 
 
-def reset(call: Call, handle: int) -> int:
+def _reset(call: Call, a: Any, *, resuming: bool) -> int:
+    result = _reset_domain(call, a.dom, resuming=resuming)
+    if result == -Errno.ERESTART:
+        return call.continue_(Nr.EVENT_CHANNEL_OP, Evtchnop.RESET_CONT, call.args[1])
+    return result
+
+
+def reset(call: Call, a: Any) -> int:
     """Close all ports and return to two levels."""
-    return _reset(call, handle, resuming=False)
+    return _reset(call, a, resuming=False)
 
 
-def reset_cont(call: Call, handle: int) -> int:
+def reset_cont(call: Call, a: Any) -> int:
     """Go on with a reset that was preempted."""
-    return _reset(call, handle, resuming=True)
-
-
-def fast_reset(call: Call, a: Any) -> int:
-    """The same in FastABI."""
-    return _reset_domain(call, a.dom, resuming=False)
+    return _reset(call, a, resuming=True)
 
 
 def leave_fifo(domain: Domain) -> None:
@@ -370,8 +362,8 @@ OPERATIONS: dict[int, Operation] = {
     Evtchnop.BIND_IPI: Operation(bind_ipi, BindIpi, ("port",), (("vcpu", 2),), (("port", 4),)),
     Evtchnop.BIND_VCPU: Operation(bind_vcpu, BindVcpu, (), (("vcpu", 2), ("port", 3))),
     Evtchnop.UNMASK: Operation(unmask, Port, (), PORT_FAST),
-    Evtchnop.RESET: Operation(reset),
-    Evtchnop.RESET_CONT: Operation(reset_cont),
+    Evtchnop.RESET: Operation(reset, Dom, (), (("dom", 2),)),
+    Evtchnop.RESET_CONT: Operation(reset_cont, Dom),
     Evtchnop.INIT_CONTROL: Operation(
         init_control,
         InitControl,
@@ -383,10 +375,8 @@ OPERATIONS: dict[int, Operation] = {
     Evtchnop.SET_PRIORITY: Operation(set_priority, SetPriority, (), (("port", 2), ("priority", 3))),
 }
 
-FAST_OPERATIONS: dict[int, Operation] = {**OPERATIONS, Evtchnop.RESET: Operation(fast_reset, Dom, (), (("dom", 2),))}
-
 
 def event_channel_op(call: Call) -> int:
     """Hypercall event_channel_op of cmd, ptr."""
     command, handle = call.args
-    return run_operation(call, FAST_OPERATIONS if call.abi is Abi.FAST else OPERATIONS, command, handle)
+    return run_operation(call, OPERATIONS, command, handle)

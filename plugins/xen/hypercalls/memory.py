@@ -47,6 +47,7 @@ DOMU_MAX_ORDER = 9
 """Largest extent of an ordinary domain: 2 MiB. Source: xen/include/asm-x86/config.h, CONFIG_DOMU_MAX_ORDER."""
 POPULATE_ON_DEMAND = 1 << 16
 E820_MAX = 1024
+EXCHANGE_BYTES, EXCHANGE_BYTES_32 = 72, 44
 RESERVATION = Shape(MemoryReservation, MemoryReservation32)
 
 
@@ -343,8 +344,10 @@ def toolstack_only(call: Call, _handle: int) -> int:
     return -Errno.EOPNOTSUPP if call.domain.is_control else -Errno.EPERM
 
 
-def exchange(call: Call, _handle: int) -> int:
-    """Exchanging pages is for domains that know machine addresses."""
+def exchange(call: Call, handle: int) -> int:
+    """Exchange pages for others: the structure is read, the exchange itself is not modelled."""
+    if call.copy_in(handle, EXCHANGE_BYTES_32 if call.narrow else EXCHANGE_BYTES) is None:
+        return -Errno.EFAULT
     return -Errno.EOPNOTSUPP
 
 
