@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class Reply(NamedTuple):
     """What a hypervisor puts into the GHCB; a register that is None is not marked valid.
 
-    The protocol returns no other registers. Source: 56421, section 4; Linux arch/x86/kvm/svm/sev.c
-    (sev_es_sync_to_ghcb).
+    The protocol itself returns no other registers; `more` are those that a hypercall ABI of the hypervisor's own
+    returns, by name. Source: 56421, section 4; Linux arch/x86/kvm/svm/sev.c (sev_es_sync_to_ghcb).
     """
 
     info_1: int = 0
@@ -41,6 +41,7 @@ class Reply(NamedTuple):
     rbx: int | None = None
     rcx: int | None = None
     rdx: int | None = None
+    more: tuple[tuple[str, int], ...] = ()
 
 
 DONE = Reply()

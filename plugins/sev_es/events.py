@@ -126,7 +126,8 @@ def vmmcall(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, scratch: Scratch | None) -
     """VMMCALL: the owner of the slot `hypercall` gets the registers that the guest gave; without one, -KVM_ENOSYS.
 
     A register that the call needs and the guest did not give is a missing input. A call that is preempted goes on
-    here: the guest would not repeat it. The encrypted guest's mode is taken for 64-bit.
+    here: the guest would not repeat it. The encrypted guest's mode is taken for 64-bit. Besides RAX it gets the
+    registers that the hypervisor's ABI returns.
     Source: 56421, 4.1; Linux arch/x86/kvm/svm/sev.c and x86.c (kvm_emulate_hypercall).
     """
     owner = machine.slots.hypercall
@@ -142,8 +143,10 @@ def vmmcall(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, scratch: Scratch | None) -
         end = owner(machine, vcpu, frame)
     if end is HypercallEnd.MISSING_INPUT:
         return MISSING_INPUT
-    returned = {name: getattr(registers, name) & MASK64 for name in RETURNED if name in frame.written}
-    return Reply(**{"rax": registers.rax & MASK64} | returned)
+    values = {name: getattr(registers, name) & MASK64 for name in sorted(frame.written - {"rax"})}
+    more = tuple((name, value) for name, value in values.items() if name not in RETURNED)
+    rbx, rcx, rdx = (values.get(name) for name in RETURNED)
+    return Reply(rax=registers.rax & MASK64, rbx=rbx, rcx=rcx, rdx=rdx, more=more)
 
 
 def nothing(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, scratch: Scratch | None) -> Reply:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from struct import Struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sevlab.core.buffers import SharedBuffer
 from sevlab.core.memory import TAG_HYPERVISOR
@@ -95,14 +95,26 @@ def _bitmap(registers: tuple[str, ...]) -> bytes:
 NOTHING_RETURNED, ALL_RETURNED = _bitmap(()), _bitmap(("rax", "rcx", "rdx", "rbx"))
 
 
+def _write_more(window: SharedBuffer, reply: Reply, infos: tuple[slice, bytes]) -> bytes:
+    """A reply with registers of the hypervisor's own ABI; the bitmap that says so."""
+    named = (("rax", reply.rax), ("rcx", reply.rcx), ("rdx", reply.rdx), ("rbx", reply.rbx))
+    values = [(name, value) for name, value in named if value is not None] + list(reply.more)
+    valid = _bitmap(tuple(name for name, _ in values))
+    registers = tuple((slice(_AT[name], _AT[name] + 8), _U64.pack(value)) for name, value in values)
+    window.write_pieces((*registers, infos, (BITMAP, valid)))
+    return valid
+
+
 def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, reply: Reply, data: bytes) -> None:
     """Put a reply into the GHCB and mark valid what it says; the guest's bits are gone.
 
     Source: 56421, section 4; Linux arch/x86/kvm/svm/sev.c (sev_es_sync_to_ghcb).
     """
-    info_1, info_2, rax, rbx, rcx, rdx = reply
+    info_1, info_2, rax, rbx, rcx, rdx, more = reply
     infos = INFOS, _U64_PAIR.pack(info_1, info_2)
-    if rax is None and rcx is None and rdx is None and rbx is None:
+    if more:
+        valid = _write_more(window, reply, infos)
+    elif rax is None and rcx is None and rdx is None and rbx is None:
         valid = NOTHING_RETURNED
         window.write_pieces((infos, (BITMAP, valid)))
     elif rax is not None and rcx is not None and rdx is not None and rbx is not None:
@@ -245,7 +257,7 @@ class Dispatcher:
 
 def _with_all_registers(reply: Reply, page: bytes, valid: int) -> Reply:
     """KVM's habit: RAX, RBX, RCX, RDX as the request had them (0 where not valid) if the event does not set them."""
-    before = {
+    before: Any = {
         name: _U64.unpack_from(page, _AT[name])[0] if valid & VALID_BITS[name] else 0
         for name in ("rax", "rbx", "rcx", "rdx")
         if getattr(reply, name) is None

@@ -31,6 +31,10 @@ MAX_COPY_BYTES = 1 << 20
 """No hypercall copies more at once; a longer request is a fault here."""
 
 
+WALK_WRITE, WALK_AC = int(WalkAccess.WRITE), int(WalkAccess.AC)
+"""As plain numbers: an operation on members costs more than the rest of the call."""
+
+
 class Abi(Enum):
     """How arguments travel."""
 
@@ -58,6 +62,7 @@ class Call:
         "narrow",
         "number",
         "vcpu",
+        "walked",
     )
 
     def __init__(  # positional: made at every hypercall
@@ -84,6 +89,8 @@ class Call:
         self.number = 0
         self.args: tuple[int, ...] = ()
         self.in_multicall = False
+        self.walked: dict[int, int] = {}
+        """Pages walked to, with bit 0 for writing: their guest-physical addresses."""
         self.continuation: tuple[int, tuple[int, ...]] | None = None
 
     # Continuations ------------------------------------------------------------------------------------------------
@@ -117,6 +124,7 @@ class Call:
         )
         sub.number = number
         sub.in_multicall = True
+        sub.walked = self.walked
         return sub
 
     # Buffers ------------------------------------------------------------------------------------------------------
@@ -136,27 +144,33 @@ class Call:
         return spa + (gpa & PAGE_MASK)
 
     def _walk(self, linear: int, *, write: bool) -> int | None:
-        """Guest-physical address by the guest's page tables, read without its key."""
-        vcpu = self.vcpu
+        """Guest-physical address by the guest's page tables, read without its key; walked once a page and call."""
+        page = linear & -PAGE_BYTES | write
+        known = self.walked.get(page)
+        if known is not None:
+            return known | linear & PAGE_MASK
+        vcpu, machine, domain = self.vcpu, self.machine, self.domain
         if vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
             return None  # CR3 is in the encrypted save area
         system = vcpu.system
         context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, 0)
-        access = (WalkAccess.WRITE if write else 0) | (WalkAccess.AC if vcpu.regs.rflags & RFLAGS_AC else 0)
+        access = (WALK_WRITE if write else 0) | (WALK_AC if vcpu.regs.rflags & RFLAGS_AC else 0)
+        memory = machine.memory
 
         def read_entry(gpa: int, width_bytes: int) -> int:
-            spa = page_of(self.machine, self.domain, gpa >> PAGE_SHIFT)
+            spa = page_of(machine, domain, gpa >> PAGE_SHIFT)
             if spa is None:
                 return 0
-            return int.from_bytes(self.machine.memory.read(spa + (gpa & PAGE_MASK), width_bytes, None), "little")
+            return int.from_bytes(memory.read(spa + (gpa & PAGE_MASK), width_bytes, None), "little")
 
         found = walk(context, linear & MASK64, access, read_entry=read_entry)
         if not isinstance(found, Translation):
             return None
         for gpa, width_bytes, value in found.updates:
-            spa = page_of(self.machine, self.domain, gpa >> PAGE_SHIFT)
+            spa = page_of(machine, domain, gpa >> PAGE_SHIFT)
             if spa is not None:
-                store(self.machine, spa + (gpa & PAGE_MASK), value.to_bytes(width_bytes, "little"))
+                store(machine, spa + (gpa & PAGE_MASK), value.to_bytes(width_bytes, "little"))
+        self.walked[page] = found.gpa & -PAGE_BYTES
         return found.gpa
 
     def copy_in(self, handle: int, length_bytes: int) -> bytes | None:
@@ -175,6 +189,12 @@ class Call:
 
     def copy_out(self, handle: int, data: bytes) -> bool:
         """Write a buffer of the guest; False is EFAULT, and then nothing was written."""
+        if len(data) <= PAGE_BYTES - (handle & PAGE_MASK):
+            place = self._place(handle, write=True)
+            if place is None:
+                return False
+            self.machine.memory.write(place, data, None, TAG_HYPERVISOR)
+            return True
         places = [(self._place(start & MASK64, write=True), count) for start, count in split_pages(handle, len(data))]
         if any(spa is None for spa, _ in places):
             return False

@@ -84,9 +84,9 @@ def frame_spa(machine: Machine, domain: Domain, gfn: int) -> int | None:
 
 def page_of(machine: Machine, domain: Domain, gfn: int) -> int | None:
     """SPA of the domain's own page at `gfn`: its RAM, or a page of Xen's that it shares. None for all else."""
-    if domain.special.get(gfn, PageKind.XEN) is not PageKind.XEN:
+    if gfn > MAX_GFN or domain.special.get(gfn, PageKind.XEN) is not PageKind.XEN:
         return None
-    return frame_spa(machine, domain, gfn)
+    return machine.access.translate_gpa(machine.vcpus[domain.vcpus[0].vcpu_id], gfn << PAGE_SHIFT)
 
 
 def gfn_of(machine: Machine, domain: Domain, spa: int) -> int | None:

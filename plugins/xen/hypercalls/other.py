@@ -82,9 +82,10 @@ def multicall(call: Call) -> int:
         at = handle + index * layout.SIZE & call.mask
         if index and call.preempt_check():
             return call.continue_(Nr.MULTICALL, at, count - index)
-        entry = call.read(at, ENTRY)
-        if entry is None:
+        data = call.copy_in(at, layout.SIZE)
+        if data is None:
             return -Errno.EFAULT
+        entry: Any = layout.from_bytes(data)
         handler = call.machine.tables.hypercalls.get(entry.op)
         sub = call.within_multicall(entry.op)
         if handler is None:
