@@ -497,6 +497,7 @@ def test_a_vmsa_is_measured_without_its_tsc_fields_and_gets_the_firmware_s(machi
     assert read_entry(machine, spa).low >> 61 & 1
 
 
+@pytest.mark.unverified
 def test_a_wrong_cpuid_page_is_corrected_in_place_and_taken_the_second_time(machine):
     guest = launching(machine)
     truth = machine.cpuid(None, 0x8000_001F, 0)

@@ -287,12 +287,14 @@ def inject(machine, vcpu, word):
     return machine.apply(Schedule())
 
 
+@pytest.mark.unverified
 def test_restricted_injection_lets_only_hv_in():
     machine, _ = talking_machine(vmsa=snp_vmsa(sev_features=1 | 1 << 3))
     assert inject(machine, 0, EVENT_VALID | 3 << 8 | 28).first(Injected)
     assert inject(machine, 0, EVENT_VALID | 0x30).first(VmExit).exit_code == (1 << 64) - 1
 
 
+@pytest.mark.unverified
 def test_alternate_injection_ignores_the_vmcb():
     machine, _ = talking_machine(vmsa=snp_vmsa(sev_features=1 | 1 << 4))
     outcome = inject(machine, 0, EVENT_VALID | 0x30)

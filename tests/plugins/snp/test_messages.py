@@ -243,6 +243,7 @@ def test_a_vmpck_speaks_only_for_its_own_level_and_above(machine, guest):
         assert ReportResponse.from_bytes(payload).status == status
 
 
+@pytest.mark.unverified
 def test_the_hypervisor_gets_a_report_of_its_own(machine, guest):
     out = driver.pages(machine).output_spa
     fields = {"length": 0x18, "gctx_spa": guest.gctx_spa, "report_spa": out}
@@ -334,6 +335,7 @@ def test_tsc_info(machine, guest):
     assert answer.status == S.INVALID_PARAM
 
 
+@pytest.mark.unverified
 def test_cpuid_message_corrects(machine, guest):
     truth = machine.cpuid(None, 0x8000_001F, 0)
     right = build_table(((0x8000_001F, 0, truth),), 64)
