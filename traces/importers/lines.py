@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from sevlab.traces.importers.events import parse_event
 from sevlab.traces.importers.log_records import Gap, OpaqueEvent
@@ -28,13 +28,8 @@ OPAQUE = "?"
 """In front of the name of an event whose record is opaque, while it is counted."""
 
 
-class Line(NamedTuple):
-    """One event: thread id, nanoseconds, name, and record."""
-
-    tid: int
-    time_ns: int
-    name: str
-    record: Any
+Line = tuple[int, int, str, Any]
+"""One event: thread id, nanoseconds, name, and record; a plain tuple, since there is one for each line."""
 
 
 class LineReader:
@@ -90,7 +85,7 @@ class LineReader:
                     counts[name] -= 1
                     self._reject(number, line)
                     continue
-                yield Line(tid, time_ns, name, record)
+                yield tid, time_ns, name, record
         finally:
             self.lines += number
             for name, count in counts.items():
@@ -114,7 +109,7 @@ class LineReader:
         lost = LOST.fullmatch(text)
         if lost is not None:
             self.gaps += 1
-            yield Line(-1, 0, "", Gap(int(lost["cpu"]), (int(lost["count"]),) if lost["count"] else ()))
+            yield -1, 0, "", Gap(int(lost["cpu"]), (int(lost["count"]),) if lost["count"] else ())
         elif not text or text[0] == "#" or text.startswith(("cpus=", "version =")):
             self.headers += 1
         else:
