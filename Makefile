@@ -19,7 +19,7 @@ test: lint .venv/dev-stamp
 	@$(MAKE) --no-print-directory docs
 
 test-long: .venv/dev-stamp
-	$(BIN)/python -m pytest -q -m long
+	$(BIN)/python -m pytest -n 2 -q -m long
 	$(BIN)/python -m tests.bench --quick
 
 lint: .venv/dev-stamp
