@@ -118,13 +118,15 @@ def _is_unchanged(machine: Machine, vcpu: Vcpu, page: bytes) -> bool:
 def enter_encrypted(machine: Machine, vcpu: Vcpu, trusted: Callable[[bytes], bool]) -> int | None:
     """Load the encrypted state; the exit code INVALID when its page is not what was stored.
 
-    `vmrun_enter` has found that it is not as at the last entry. The page is judged by `trusted`: in SEV-ES
+    A page that nobody looked at since it was stored cannot have changed. Any other is judged by `trusted`: in SEV-ES
     by its checksum, which lies in memory that only the ASP and the processor reach, and it must be a save area of this
     guest. One that another vCPU of the guest ran on, or that the ASP has just encrypted, is loaded whole.
     Source: 24593, 15.35.5 and 15.35.8.
     """
     loaded = sev_es_state(machine).loaded
     spa = vcpu.vmcb.vmsa_pa
+    if loaded.get(vcpu.vcpu_id) == (spa, vcpu.asid) and machine.memory.deferred(spa):
+        return None
     key = machine.access.key_of(vcpu.asid, c_bit=True)
     if spa & PAGE_MASK or not 0 < spa < machine.memory.size_bytes:
         return ExitCode.INVALID
