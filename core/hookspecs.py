@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sevlab.core.config import Option
     from sevlab.core.layout import Layout
     from sevlab.core.oracle import Canary, Oracle, StateCounter, Target
+    from sevlab.core.payload import Payload
     from sevlab.core.porting import Porting
     from sevlab.core.statemachine import StateMachine
 
@@ -91,3 +92,8 @@ def sevlab_state_counters() -> tuple[StateCounter, ...]:
 @hookspec
 def sevlab_porting() -> tuple[Porting, ...]:
     """Say what becomes of a plain guest's exits under a feature, and bring a machine that executes them."""
+
+
+@hookspec
+def sevlab_payloads() -> tuple[Payload, ...]:
+    """Say what the bytes of records are: which message a record carries, and its layout."""

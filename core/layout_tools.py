@@ -225,11 +225,12 @@ def mutations(layout: type[Layout], data: bytes) -> Iterator[Mutation]:
             cleared = bytearray(data)
             cleared[offset] &= ~mask & 0xFF
             yield Mutation(name, "valid", bytes(cleared))
-        for rule, value in _breaking(info, read_field(info, data)):
+        for rule, value in breaking(info, read_field(info, data)):
             yield Mutation(name, rule, item.replace(**{name: value}).to_bytes())
 
 
-def _breaking(info: FieldInfo, value: Any) -> Iterator[tuple[str, Any]]:
+def breaking(info: FieldInfo, value: Any) -> Iterator[tuple[str, Any]]:
+    """Rules of a field, each with a value like `value` that breaks only this one."""
     if info.kind is Kind.BYTES:
         if info.reserved:
             yield "reserved", b"\1" + value[1:]

@@ -5,9 +5,11 @@ No engine and no campaign here: a plugin brings these without importing `sevlab.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from sevlab.core.config import GuestConfig, Scalar
 from sevlab.core.errors import InvariantViolation
 from sevlab.core.events import Party
 from sevlab.core.vocabulary import Outcome, Record, spec_of
@@ -46,7 +48,9 @@ class Oracle(Protocol):
 class Target(NamedTuple):
     """Something to fuzz: who attacks, with which steps, judged by whom.
 
-    `steps` are record kinds, `oracles` names of oracles, `plugins` what the machine is composed of.
+    `steps` are record kinds, `oracles` names of oracles, `plugins` what the machine is composed of, with `guests` and
+    plugin `options`. `boot` brings the machine to the state in which every input starts. `seeds` gives sequences of
+    benign steps for a booted machine, which it may use up. `words` are strings that steps may hold.
     """
 
     name: str
@@ -55,6 +59,11 @@ class Target(NamedTuple):
     oracles: tuple[str, ...]
     plugins: tuple[str, ...]
     documentation: str = ""
+    guests: tuple[GuestConfig, ...] = (GuestConfig(name="first"), GuestConfig(name="second"))
+    options: Mapping[str, Mapping[str, Scalar]] = MappingProxyType({})
+    boot: Callable[[Machine], None] | None = None
+    seeds: Callable[[Machine], tuple[tuple[Record, ...], ...]] | None = None
+    words: tuple[str, ...] = ()
 
 
 class Canary(NamedTuple):

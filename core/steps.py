@@ -81,7 +81,8 @@ def set_registers(machine: Machine, step: ev.SetRegisters) -> None:
     if vcpu is None:
         return
     for pair in step.values:
-        if len(pair) != 2 or pair[0] not in SETTABLE_REGISTERS + SETTABLE_SYSTEM_REGISTERS:  # a pair
+        known = isinstance(pair, tuple) and len(pair) == 2 and pair[0] in SETTABLE_REGISTERS + SETTABLE_SYSTEM_REGISTERS
+        if not known:
             machine.emit(ev.Refused(f"no register {pair!r:.60}"))
             return
         if not isinstance(pair[1], int) or not 0 <= pair[1] <= MASK64:

@@ -15,7 +15,7 @@ from sevlab.plugins.sev import asids, certificates, chain, crypto, identity, own
 from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm, EcPublicKey
 from sevlab.plugins.sev.chain import ARK_ROOTS
 from sevlab.plugins.sev.checks import Check, show_checks
-from sevlab.plugins.sev.command import Family, MailboxCommand, NoBuffer, Request
+from sevlab.plugins.sev.command import Family, MailboxCommand, NoBuffer, Request, mailbox_payload
 from sevlab.plugins.sev.command import markdown_table as command_table
 from sevlab.plugins.sev.command import register as register_commands
 from sevlab.plugins.sev.context import Gctx, SevState, sev_state
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
+    from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
 REQUIRES: tuple[str, ...] = ("sme",)
@@ -92,6 +93,7 @@ __all__ = [
     "identity",
     "initialise",
     "launch_guest",
+    "mailbox_payload",
     "need",
     "owner",
     "pubkey_bytes",
@@ -157,3 +159,8 @@ def sevlab_state_counters() -> tuple[StateCounter, ...]:
             GUEST.name, lambda machine: tuple(guest.state.name for guest in sev_state(machine).guests.values())
         ),
     )
+
+
+@hookimpl
+def sevlab_payloads() -> tuple[Payload, ...]:
+    return (mailbox_payload(LEGACY, LEGACY_COMMANDS),)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from sevlab.core.asp import AspCommandEntry
 from sevlab.core.layout import FieldInfo, FieldValue, Kind, Layout
+from sevlab.core.payload import Message, Payload
 from sevlab.plugins.sev.numbers import Command, Status
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.machine import Machine
     from sevlab.core.statemachine import StateMachine
+    from sevlab.core.vocabulary import Record
 
 B = TypeVar("B", bound=Layout)
 
@@ -137,6 +139,27 @@ def entry(family: Family, declared: MailboxCommand) -> AspCommandEntry:
         return status
 
     return AspCommandEntry(number.name, declared.buffer_bytes, run)
+
+
+def mailbox_payload(family: Family, commands: Iterable[MailboxCommand]) -> Payload:
+    """What the step `asp.command` and its outcome carry for the commands of a family."""
+    numbers = frozenset(int(declared.command) for declared in commands)
+
+    def message_of(record: Record) -> int | None:
+        interface, number = getattr(record, "interface", None), getattr(record, "command", None)
+        return number if interface == family.interface and number in numbers else None
+
+    messages = tuple(
+        Message(
+            int(declared.command),
+            declared.command.name,
+            declared.buffer,
+            {"interface": family.interface, "command": int(declared.command)},
+            needs=() if declared.buffer is None else tuple(declared.buffer.FIELDS),
+        )
+        for declared in commands
+    )
+    return Payload("asp.command", "buffer", message_of, messages, answer=("asp-status", "buffer"))
 
 
 def error_stack(status: Status) -> int:

@@ -34,6 +34,7 @@ from sevlab.plugins.sev_es.declare import (
 )
 from sevlab.plugins.sev_es.events import EVENTS as REGISTER_EVENTS
 from sevlab.plugins.sev_es.exits import ExitClass, exit_class
+from sevlab.plugins.sev_es.fuzzing import PAYLOADS
 from sevlab.plugins.sev_es.ghcb import (
     PROTOCOL_MAX,
     PROTOCOL_MIN,
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
     from sevlab.core.machine import Machine
+    from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
 REQUIRES: tuple[str, ...] = ("sme", "sev")
@@ -264,3 +266,8 @@ def sevlab_records() -> tuple[type, ...]:
 @hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
     return (Ghcb, Vmsa, SevFeatures, HypervPage, *dict.fromkeys(msr_layout.LAYOUTS.values()))
+
+
+@hookimpl
+def sevlab_payloads() -> tuple[Payload, ...]:
+    return PAYLOADS

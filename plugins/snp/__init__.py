@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
+from sevlab.plugins.sev import mailbox_payload
 from sevlab.plugins.snp.automata import SNP_GUEST, SNP_PLATFORM
 from sevlab.plugins.snp.cert_table import CertTableRow
-from sevlab.plugins.snp.command_table import COMMAND_LAYOUTS
+from sevlab.plugins.snp.command_table import COMMAND_LAYOUTS, SNP, SNP_COMMANDS
 from sevlab.plugins.snp.firmware import MetadataHeader, MetadataSection
 from sevlab.plugins.snp.fuzzing import COUNTERS, ORACLES, TARGETS
 from sevlab.plugins.snp.guest_pages import GUEST_PAGE_LAYOUTS
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
     from sevlab.core.oracle import Oracle, StateCounter, Target
+    from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
 OWNER_LAYOUTS: tuple[type[Layout], ...] = (
@@ -119,3 +121,8 @@ def sevlab_targets() -> tuple[Target, ...]:
 @hookimpl
 def sevlab_state_counters() -> tuple[StateCounter, ...]:
     return COUNTERS
+
+
+@hookimpl
+def sevlab_payloads() -> tuple[Payload, ...]:
+    return (mailbox_payload(SNP, SNP_COMMANDS),)

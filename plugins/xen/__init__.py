@@ -20,7 +20,7 @@ from sevlab.plugins.xen.assess import SURVIVAL, Fate, Survival, survival
 from sevlab.plugins.xen.call import Abi, Call
 from sevlab.plugins.xen.discovery import Discovery, hypercall_page
 from sevlab.plugins.xen.dispatch import HypercallEntry, Owner
-from sevlab.plugins.xen.fuzzing import COUNTERS, ORACLES, TARGETS
+from sevlab.plugins.xen.fuzzing import COUNTERS, ORACLES, PAYLOADS, TARGETS
 from sevlab.plugins.xen.guest import XenGuest
 from sevlab.plugins.xen.hypercalls.table import TABLE
 from sevlab.plugins.xen.hyperv import HvContext, HvInput, VpMask, sparse_set
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from sevlab.core.config import Option
     from sevlab.core.layout import Layout
     from sevlab.core.oracle import Oracle, StateCounter, Target
+    from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
 REQUIRES: tuple[str, ...] = ("io",)
@@ -153,6 +154,11 @@ def sevlab_targets() -> tuple[Target, ...]:
 @hookimpl
 def sevlab_state_counters() -> tuple[StateCounter, ...]:
     return COUNTERS
+
+
+@hookimpl
+def sevlab_payloads() -> tuple[Payload, ...]:
+    return PAYLOADS
 
 
 @hookimpl

@@ -13,10 +13,12 @@ from sevlab.core.cpu import CONTROL_SEV_ES
 from sevlab.core.events import Party
 from sevlab.core.hypercall import CodeMode, code_mode
 from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
+from sevlab.core.payload import Message, Payload
 from sevlab.core.vocabulary import spec_of
 from sevlab.plugins.xen import grants
 from sevlab.plugins.xen.dispatch import CLIPPED
 from sevlab.plugins.xen.hypercalls.event_channel import valid
+from sevlab.plugins.xen.hypercalls.table import TABLE
 from sevlab.plugins.xen.numbers import MEMOP_EXTENT_SHIFT, Nr
 from sevlab.plugins.xen.records import Hypercalled, HypercallStep
 from sevlab.plugins.xen.state import ChannelState, Domain, xen
@@ -42,7 +44,8 @@ class RegisterClip:
             return ()
         if code_mode(vcpu) is CodeMode.BITS_64:
             return ()
-        wide = [name for name in CLIPPED if getattr(vcpu.regs, name) >> 32]
+        judged = [name for name in CLIPPED if name != "rip"]  # which the end of the instruction moves
+        wide = [name for name in judged if getattr(vcpu.regs, name) >> 32]
         if not wide:
             return ()
         message = f"hypercall {called.number}: {', '.join(wide)} wider than 32 bits"
@@ -212,3 +215,15 @@ COUNTERS: tuple[StateCounter, ...] = (
     StateCounter("xen.frames", _frames),
     StateCounter("xen.vcpus", _vcpus),
 )
+
+PAYLOADS: tuple[Payload, ...] = (
+    Payload(
+        "xen.call",
+        "number",
+        lambda record: int(record.number) if isinstance(record, HypercallStep) else None,
+        tuple(
+            Message(int(number), entry.name, record={"number": int(number)}) for number, entry in sorted(TABLE.items())
+        ),
+    ),
+)
+"""The message of a hypercall is its number; its structures lie in guest memory."""

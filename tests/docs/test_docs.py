@@ -18,6 +18,7 @@ from sevlab.core import (
     hookspecs,
     layout,
     oracle,
+    payload,
     plugins,
     porting,
     state,
@@ -54,7 +55,7 @@ def test_the_guide_names_no_hook_that_does_not_exist():
 def test_each_example_is_a_working_plugin(hook):
     code = re.search(r"```python\n(.*?)```", section(hook)[1], re.DOTALL)[1]
     names = {"Enum": Enum, "NamedTuple": NamedTuple, "Party": Party, "hookimpl": hookspecs.hookimpl}
-    for module in (builder, cliapi, config, layout, oracle, porting, state, statemachine, vocabulary):
+    for module in (builder, cliapi, config, layout, oracle, payload, porting, state, statemachine, vocabulary):
         names |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
     example = ModuleType("frob", "The example of the guide.")
     vars(example).update(names)

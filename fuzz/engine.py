@@ -1,0 +1,59 @@
+"""What drives a campaign's loop: atheris where it is installed, else a loop of our own with the same state counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from random import Random
+from typing import NamedTuple, Protocol
+
+from sevlab.core.errors import CampaignError
+from sevlab.core.vocabulary import Record
+from sevlab.fuzz.runner import Run, Runner
+
+ENGINES = ("atheris", "builtin")
+
+Told = Callable[[bytes, Sequence[Record], Run], bool]
+"""Called after each input with its bytes, its steps and what it did; False ends the loop."""
+
+
+class Budget(NamedTuple):
+    """When the loop ends: after seconds, after inputs (0: no limit); how long an input may be; the seed."""
+
+    seconds: float = 0
+    runs: int = 0
+    max_bytes: int = 1 << 14
+    seed: int = 1
+
+
+class Engine(Protocol):
+    """Makes inputs, runs them, and keeps those that reach something new. `name` is one of `ENGINES`."""
+
+    name: str
+
+    def fuzz(self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told) -> None:
+        """Run until the budget is used up or `told` says so. An engine may end the process instead of returning."""
+
+
+def make_engine(name: str | None = None) -> Engine:
+    """The engine of that name; None: the best there is. Raises `CampaignError` for one that is not there."""
+    from sevlab.fuzz.atheris_engine import AtherisEngine
+    from sevlab.fuzz.builtin_engine import BuiltinEngine
+
+    here = find_spec("atheris") is not None
+    if name == "builtin" or (name is None and not here):
+        return BuiltinEngine()
+    if name not in {None, "atheris"}:
+        raise CampaignError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
+    if not here:
+        raise CampaignError("atheris is not installed (pip install 'sevlab[fuzz]'); --engine builtin needs nothing")
+    return AtherisEngine()
+
+
+def typed_mutation(runner: Runner, data: bytes, rng: Random) -> bytes:
+    """`data` with typed changes; its own bytes again when the result cannot be written."""
+    steps = runner.mutator.mutate(runner.codec.decode(data))
+    try:
+        return runner.codec.encode(steps)
+    except CampaignError:  # two changes made a field too long
+        return data or rng.randbytes(8)

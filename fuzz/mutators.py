@@ -1,0 +1,336 @@
+"""Changes of typed steps, made from declarations: layouts with their rules, messages, and resources in use.
+
+Nothing here knows a feature. A record's numbers come from the pools of resources, from the numbers at which something
+changes, or from chance; its bytes are built and broken by their layout, one rule at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import TYPE_CHECKING, Any, cast
+
+from sevlab.core.events import Race
+from sevlab.core.layout import FieldInfo, Kind, Layout
+from sevlab.core.layout_fields import valid_place
+from sevlab.core.layout_tools import breaking, read_field
+from sevlab.core.payload import Message, Payload, payload_bytes
+from sevlab.core.units import MASK64, PAGE_BYTES
+from sevlab.core.vocabulary import FieldSpec, Record, spec_of
+from sevlab.fuzz.codec import MAX_STEPS, Codec
+from sevlab.fuzz.messages import Carried, Messages
+from sevlab.fuzz.pools import Pools, resource_of
+
+if TYPE_CHECKING:
+    from sevlab.core.machine import Machine
+
+Steps = tuple[Record, ...]
+
+NUMBERS = (0, 1, 2, 3, 4, 7, 8, 15, 16, 0x20, 0xFF, 0x7F0, 0xFFF, 0x1000, 0xFFFF, 0x7FFF_FFFF, 1 << 31, 1 << 32,
+           1 << 47, 1 << 51, (1 << 63) - 1, 1 << 63, MASK64 - 0xFFF, MASK64)  # fmt: skip
+"""Numbers at which something changes in many fields."""
+
+LENGTHS = (0, 1, 2, 4, 8, 15, 16, 32, 64, 256)
+MAX_RACE_FETCH = 4
+CHANGES = 3
+"""Most changes that one call makes."""
+
+
+class Mutator:
+    """Changes sequences for one target; `machine` is booted, and only looked at."""
+
+    def __init__(self, machine: Machine, codec: Codec, messages: Messages, pools: Pools, rng: Random) -> None:
+        self._machine = machine
+        self._codec = codec
+        self._messages = messages
+        self._rng = rng
+        self.pools = pools
+        self._kinds = [kind for kind in codec.kinds if kind is not Race]
+        self._choices = {kind: messages.choices(spec_of(kind).kind) for kind in codec.kinds}
+        carriers = [kind for kind in self._kinds if self._choices[kind]]
+        self._weighted = self._kinds + carriers * (2 * len(self._kinds) // max(1, len(carriers)))
+        self._changes: list[Callable[[list[Record]], None]] = [
+            self._insert,
+            self._insert,
+            self._drop,
+            self._duplicate,
+            self._swap,
+            self._field,
+            self._field,
+            self._message_field,
+            self._message_field,
+            self._message_field,
+            self._break_rule,
+            self._retarget,
+        ]
+        if Race in codec.kinds:
+            self._changes.append(self._race)
+
+    def reseed(self, seed: int) -> None:
+        """Make what follows depend on `seed` alone."""
+        self._rng.seed(seed)
+
+    # Sequences --------------------------------------------------------------------------------------------------
+
+    def fresh(self) -> Steps:
+        """A new sequence of a few steps."""
+        return tuple(self.step() for _ in range(self._rng.randint(1, 6)))
+
+    def mutate(self, steps: Sequence[Record]) -> Steps:
+        """`steps` with one to three changes; from nothing, a new sequence."""
+        if not steps:
+            return self.fresh()
+        changed = list(steps)
+        for _ in range(self._rng.randint(1, CHANGES)):
+            if changed:
+                self._rng.choice(self._changes)(changed)
+        return tuple(changed[:MAX_STEPS])
+
+    def crossover(self, first: Sequence[Record], second: Sequence[Record]) -> Steps:
+        """The beginning of one sequence and the end of another, or a piece of one inside the other."""
+        if not first or not second:
+            return tuple(first or second)
+        rng = self._rng
+        cut, start = rng.randint(0, len(first)), rng.randint(0, len(second) - 1)
+        end = rng.randint(start + 1, len(second))
+        tail = first[cut:] if rng.random() < 0.5 else ()
+        return (*first[:cut], *second[start:end], *tail)[:MAX_STEPS]
+
+    def _insert(self, steps: list[Record]) -> None:
+        if len(steps) < MAX_STEPS:
+            steps.insert(self._rng.randint(0, len(steps)), self.step())
+
+    def _drop(self, steps: list[Record]) -> None:
+        if len(steps) > 1:
+            del steps[self._rng.randrange(len(steps))]
+
+    def _duplicate(self, steps: list[Record]) -> None:
+        if len(steps) < MAX_STEPS:
+            steps.insert(self._rng.randint(0, len(steps)), self._rng.choice(steps))
+
+    def _swap(self, steps: list[Record]) -> None:
+        if len(steps) > 1:
+            one, other = self._rng.sample(range(len(steps)), 2)
+            steps[one], steps[other] = steps[other], steps[one]
+
+    def _race(self, steps: list[Record]) -> None:
+        """Another party writes what a step's message says, while the step is served."""
+        places = [index for index, step in enumerate(steps) if self._place(step) is not None]
+        if not places or len(steps) >= MAX_STEPS:
+            return
+        index = self._rng.choice(places)
+        step = steps[index]
+        spa, carried = self._place(step), self._messages.of(step)
+        if spa is None or carried is None or carried.layout is None:
+            return
+        info = self._rng.choice([info for info in carried.layout.FIELDS.values() if info.kind is Kind.UINT])
+        width = info.length_bytes
+        data = (self.number(info.name, info) & info.maximum).to_bytes(width, "little")
+        steps.insert(index, Race(self._rng.randint(1, MAX_RACE_FETCH), spa + info.offset, data))
+
+    def _place(self, step: Record) -> int | None:
+        carried = self._messages.of(step)
+        if carried is None or carried.payload.place_of is None:
+            return None
+        return carried.payload.place_of(self._machine, step)
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> Record:
+        """A new step: half of the kinds' weight is on those that carry messages."""
+        kind = self._rng.choice(self._weighted)
+        values = [self._value(field) for field in spec_of(kind).fields]
+        make: Callable[..., Record] = kind
+        record = make(*values)
+        choices = self._choices[kind]
+        return self._carry(record, *self._rng.choice(choices)) if choices else record
+
+    def _carry(self, record: Record, payload: Payload, message: Message) -> Record:
+        """`record` with `message` in it."""
+        record = _set(record, **message.record)
+        if message.layout is None:
+            return _put(record, payload, b"") if isinstance(getattr(record, payload.field), bytes) else record
+        rng = self._rng
+        fields: dict[str, Any] = {}
+        for name in message.needs:
+            info = message.layout.FIELDS[name]
+            if info.kind in {Kind.UINT, Kind.BITS} and rng.random() < 0.85:
+                fields[name] = self.legal(info)
+        for name, value in message.fields.items():
+            if name not in fields or rng.random() < 0.6:
+                fields[name] = value
+        fields |= {name: message.fields[name] for name in _selecting(message)}
+        return _put(record, payload, message.layout.build(**fields))
+
+    def _field(self, steps: list[Record]) -> None:
+        index = self._rng.randrange(len(steps))
+        fields = spec_of(steps[index]).fields
+        if fields:
+            field = self._rng.choice(fields)
+            old = getattr(steps[index], field.name)
+            steps[index] = _set(steps[index], **{field.name: self._value(field, old)})
+
+    def _retarget(self, steps: list[Record]) -> None:
+        """Every number of a step that names a resource may name another one."""
+        index = self._rng.randrange(len(steps))
+        step = steps[index]
+        for field in spec_of(step).fields:
+            if issubclass(field.type, int) and field.type is not bool and self._rng.random() < 0.5:
+                value = self.pools.draw(self._rng, resource_of(field.name))
+                if value is not None:
+                    step = _set(step, **{field.name: value})
+        steps[index] = step
+        carried = self._messages.of(step)
+        if carried is None or carried.layout is None:
+            return
+        data = self._bytes_of(carried, step)
+        for info in carried.layout.FIELDS.values():
+            if info.kind is Kind.UINT and self._rng.random() < 0.5:
+                value = self.pools.draw(self._rng, resource_of(info.name, info.unit))
+                if value is not None and value <= info.maximum:
+                    data = carried.layout.patch(data, **{info.name: value})
+        steps[index] = _put(step, carried.payload, data)
+
+    # One field of a message -------------------------------------------------------------------------------------
+
+    def _carrier(self, steps: list[Record]) -> tuple[int, Carried, type[Layout]] | None:
+        found = [(index, carried) for index, step in enumerate(steps) if (carried := self._messages.of(step))]
+        found = [(index, carried) for index, carried in found if carried.layout is not None]
+        if not found:
+            return None
+        index, carried = self._rng.choice(found)
+        assert carried.layout is not None
+        return index, carried, carried.layout
+
+    @staticmethod
+    def _bytes_of(carried: Carried, step: Record) -> bytes:
+        """The message's bytes, cut or filled to its layout."""
+        assert carried.layout is not None
+        size = carried.layout.SIZE
+        return payload_bytes(carried.payload, step)[:size].ljust(size, b"\0")
+
+    def _message_field(self, steps: list[Record]) -> None:
+        found = self._carrier(steps)
+        if found is None:
+            self._field(steps)
+            return
+        index, carried, layout = found
+        data = self._bytes_of(carried, steps[index])
+        info = self._rng.choice(list(layout.FIELDS.values()))
+        old = read_field(info, data)
+        if info.kind is Kind.BYTES:
+            data = layout.patch(data, **{info.name: self._leaf(old)})
+        elif info.kind is Kind.ARRAY:
+            position = self._rng.randrange(info.elements)
+            items = (*old[:position], self.number(info.name, info) & info.maximum, *old[position + 1 :])
+            data = layout.patch(data, **{info.name: items})
+        else:
+            value = self.number(info.name, info, old) if self._rng.random() < 0.5 else self.legal(info)
+            data = layout.patch(data, **{info.name: value & info.maximum})
+        steps[index] = _put(steps[index], carried.payload, data)
+
+    def _break_rule(self, steps: list[Record]) -> None:
+        """Break one rule of one field, or take away a valid bit."""
+        found = self._carrier(steps)
+        if found is None:
+            return
+        index, carried, layout = found
+        data = self._bytes_of(carried, steps[index])
+        ruled = [info for info in layout.FIELDS.values() if info.valid_bit or info.reserved or info.values is not None
+                 or info.aligned > 1]  # fmt: skip
+        if not ruled:
+            return
+        info = self._rng.choice(ruled)
+        ways: list[bytes] = []
+        if info.valid_bit and layout.VALID_BITMAP is not None:
+            offset, mask = valid_place(layout.VALID_BITMAP, info)
+            cleared = bytearray(data)
+            cleared[offset] ^= mask
+            ways.append(bytes(cleared))
+        ways += [layout.patch(data, **{info.name: value}) for _, value in breaking(info, read_field(info, data))]
+        if ways:
+            steps[index] = _put(steps[index], carried.payload, self._rng.choice(ways))
+
+    # Values -----------------------------------------------------------------------------------------------------
+
+    def number(self, name: str, info: FieldInfo | None = None, old: int | None = None) -> int:
+        """A number for field `name`: a resource, near the old value, where something changes, or any."""
+        rng = self._rng
+        way = rng.random()
+        if way < 0.45:
+            value = self.pools.draw(rng, resource_of(name, info.unit if info is not None else ""))
+            if value is not None:
+                return value
+        if old is not None and way < 0.7:
+            return (old + rng.choice((-1, 1, 8, -8, PAGE_BYTES, -PAGE_BYTES))) & MASK64 if way < 0.55 else (
+                old ^ 1 << rng.randrange(info.width_bytes * 8 if info is not None else 64)
+            )  # fmt: skip
+        if way < 0.9:
+            return rng.choice(NUMBERS)
+        return rng.getrandbits(rng.choice((8, 12, 16, 32, 64)))
+
+    def legal(self, info: FieldInfo) -> int:
+        """A number that keeps the rules of a field."""
+        rng, values = self._rng, info.values
+        if isinstance(values, (tuple, frozenset)) and values:
+            return cast("int", rng.choice(sorted(values)))
+        if isinstance(values, range) and values:
+            return rng.choice(values)
+        value = self.number(info.name, info) & info.maximum
+        return value & ~info.reserved & -info.aligned
+
+    def _value(self, field: FieldSpec, old: Any = None) -> Any:
+        rng = self._rng
+        if field.type is bool:
+            return rng.random() < 0.5
+        if field.type is bytes:
+            return self._leaf(old or b"")
+        if field.type is str:
+            return rng.choice(self._codec.words)
+        if field.type is tuple:
+            return self._pairs(old or ())
+        if field.name in {"vcpu", "vm", "party", "space", "domid"}:
+            return rng.choice((0, 0, 0, 1, 1, 2, 3))
+        return self.number(field.name, None, old)
+
+    def _pairs(self, old: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A list of names with numbers, which is what lists in steps are; other items of an old one stay."""
+        kept = list(old)
+        if kept and self._rng.random() < 0.5:
+            del kept[self._rng.randrange(len(kept))]
+        if kept and not isinstance(kept[0], tuple):
+            return (*kept, self.number("item"))
+        name = self._rng.choice(self._codec.words)
+        return (*kept, (name, self.number(name)))[:8]
+
+    def _leaf(self, old: bytes) -> bytes:
+        """Bytes without a declaration: other ones of the same length, or some bits and bytes changed."""
+        rng = self._rng
+        if not old:
+            return rng.randbytes(rng.choice(LENGTHS))
+        if rng.random() < 0.1:
+            return rng.randbytes(len(old))
+        data = bytearray(old)
+        for _ in range(rng.randint(1, 4)):
+            position = rng.randrange(len(data))
+            width = rng.choice((1, 1, 2, 4, 8))
+            value = rng.choice(NUMBERS) if rng.random() < 0.5 else rng.getrandbits(64)
+            piece = (value & (1 << width * 8) - 1).to_bytes(width, "little")
+            data[position : position + width] = piece[: len(data) - position]
+        return bytes(data)
+
+
+def _selecting(message: Message) -> tuple[str, ...]:
+    """The fields that make the bytes be this message: the first that the declaration names."""
+    return tuple(message.fields)[:1]
+
+
+def _set(record: Record, **values: Any) -> Record:
+    return cast("Record", record._replace(**values))  # type: ignore[attr-defined]  # every record is a NamedTuple
+
+
+def _put(record: Record, payload: Payload, data: bytes) -> Record:
+    """`record` with `data` as the bytes of its payload."""
+    if isinstance(getattr(record, payload.field), bytes):
+        return _set(record, **{payload.field: data})
+    return _set(record, **{payload.field: int.from_bytes(data, "little")})

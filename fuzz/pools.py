@@ -1,0 +1,99 @@
+"""Resources: values that earlier steps and their outcomes named, kept by what they are.
+
+A handle that LAUNCH_START returned, an ASID, the address of a context page: later steps use them where a field has the
+same name or unit. Nothing here knows any feature: names come from records and layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from sevlab.core.layout import Kind, Layout
+from sevlab.core.layout_tools import read_field
+from sevlab.core.vocabulary import Outcome, Record, spec_of
+from sevlab.fuzz.messages import Messages
+
+if TYPE_CHECKING:
+    from sevlab.core.machine import Machine
+
+MAX_VALUES = 64
+"""Values kept of one resource; the oldest go."""
+
+SUFFIXES = ("spa", "gpa", "asid", "handle")
+"""A field whose name ends so holds such a thing, whatever stands before it."""
+
+
+def resource_of(name: str, unit: str = "") -> str:
+    """Which pool a field draws from: its unit, the end of its name, or its name."""
+    if unit:
+        return unit
+    last = name.rpartition("_")[2]
+    return last if last in SUFFIXES else name
+
+
+class Pools:
+    """Values by resource, in the order in which they were first seen."""
+
+    __slots__ = ("values",)
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[int, None]] = {}
+
+    def add(self, resource: str, value: int) -> None:
+        """Keep `value`; zero says nothing."""
+        if not value:
+            return
+        pool = self.values.setdefault(resource, {})
+        if value not in pool:
+            pool[value] = None
+            if len(pool) > MAX_VALUES:
+                del pool[next(iter(pool))]
+
+    def draw(self, rng: Random, resource: str) -> int | None:
+        """Some value of a resource, None when none is known."""
+        pool = self.values.get(resource)
+        return rng.choice(list(pool)) if pool else None
+
+    # Harvest ----------------------------------------------------------------------------------------------------
+
+    def harvest_layout(self, layout: type[Layout], data: bytes) -> None:
+        """Keep the numbers in the fields of a structure."""
+        for name, info in layout.FIELDS.items():
+            if info.kind is Kind.UINT and info.offset + info.length_bytes <= len(data):
+                self.add(resource_of(name, info.unit), read_field(info, data))
+
+    def harvest(self, messages: Messages, step: Record, outcome: Outcome) -> None:
+        """Keep what a step and its outcome name."""
+        for record in (step, *outcome.records):
+            for field, value in zip(spec_of(record).fields, record, strict=True):
+                if field.type is not bool and isinstance(value, int):
+                    self.add(resource_of(field.name), value)
+        carried = messages.of(step)
+        if carried is None or carried.layout is None:
+            return
+        value = getattr(step, carried.payload.field)
+        if isinstance(value, bytes):
+            self.harvest_layout(carried.layout, value)
+        if carried.payload.answer is not None:
+            kind, name = carried.payload.answer
+            for record in outcome.records:
+                if spec_of(record).kind == kind:
+                    self.harvest_layout(carried.layout, getattr(record, name))
+
+    def harvest_machine(self, machine: Machine) -> None:
+        """Keep what every machine has: its vCPUs and VMs, and where their memory lies."""
+        for vcpu_id in machine.vcpus:
+            self.add("vcpu", vcpu_id)
+        for vm_id, vm in machine.hypervisor.vms.items():
+            self.add("vm", vm_id)
+            for offset in (0, 0x1000, vm.memory_bytes // 2, vm.memory_bytes - 0x1000):
+                self.add("spa", vm.memory_spa + offset)
+                self.add("gpa", offset)
+
+    def restore(self, values: dict[str, Sequence[int]]) -> None:
+        """Take over values that were written out."""
+        for resource, found in values.items():
+            for value in found:
+                self.add(resource, value)
