@@ -40,22 +40,26 @@ class Messages:
 
     def of(self, record: Record) -> Carried | None:
         """What `record` carries, None when nobody says."""
+        undeclared = None
         for payload in self.by_kind.get(spec_of(record).kind, ()):
             number = payload.message_of(record)
             if number is not None:
                 message = self._declared.get((id(payload), number))
-                if message is None:
-                    return Carried(payload, number, f"{number:#x}", payload.layout)
-                return Carried(payload, number, message.name, message.layout)
-        return None
+                if message is not None:
+                    return Carried(payload, number, message.name, message.layout)
+                undeclared = undeclared or Carried(payload, number, f"{number:#x}", payload.layout)
+        return undeclared
 
     def number_of(self, record: Record) -> int | None:
         """The number of a record's message alone; a message that nobody declares is -1."""
+        found = None
         for payload in self.by_kind.get(spec_of(record).kind, ()):
             number = payload.message_of(record)
             if number is not None:
-                return number if (id(payload), number) in self._declared else -1
-        return None
+                if (id(payload), number) in self._declared:
+                    return number
+                found = -1
+        return found
 
     def choices(self, kind: str) -> list[tuple[Payload, Message]]:
         """Every declared message that a record of `kind` can carry."""

@@ -62,7 +62,7 @@ def test_every_target_takes_its_seeds_and_a_few_mutations_without_a_finding(name
 
 def test_every_target_has_a_harness_of_less_than_sixty_lines():
     for name in all_targets():
-        harness = ROOT / "fuzz" / f"{name.replace('-', '_')}_fuzzer.py"
+        harness = ROOT / "fuzz" / f"{name.replace('.', '_')}_fuzzer.py"
         assert len(harness.read_text().splitlines()) < 60
 
 
