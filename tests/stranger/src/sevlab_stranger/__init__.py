@@ -15,6 +15,7 @@ from sevlab.core.hookspecs import hookimpl
 from sevlab.core.layout import Layout, u16, u32
 from sevlab.core.machine import Machine
 from sevlab.core.oracle import Canary, Finding, StateCounter, Target
+from sevlab.core.payload import Message, Payload
 from sevlab.core.porting import Judgement, Path, Porting
 from sevlab.core.state import Stateful
 from sevlab.core.statemachine import StateMachine
@@ -209,6 +210,16 @@ def sevlab_state_counters() -> tuple[StateCounter, ...]:
 @hookimpl
 def sevlab_porting() -> tuple[Porting, ...]:
     return (Porting("stranger", lambda exit_, is_device: Judgement(Path.STAYS, "everything")),)
+
+
+@hookimpl
+def sevlab_payloads() -> tuple[Payload, ...]:
+    add = Message(ADD_COMMAND, "ADD", Add, {"interface": "stranger", "command": ADD_COMMAND}, needs=("first", "second"))
+    return (Payload("asp.command", "buffer", _message_of, (add,), answer=("asp-status", "buffer")),)
+
+
+def _message_of(record: Record) -> int | None:
+    return ADD_COMMAND if getattr(record, "interface", "") == "stranger" else None
 
 
 @hookimpl
