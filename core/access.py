@@ -108,6 +108,16 @@ class Path(NamedTuple):
     write: Callable[[int, bytes], None]
 
 
+class Walker(Protocol):
+    """A CPU engine's way to translate, with caches that the engine keeps in step with what its guest does."""
+
+    def translate(self, vcpu: Vcpu, gva: int, kind: int) -> tuple[int, Place] | None:
+        """(gpa, place) of `gva` as `Access.guest_linear` gives it; None: walk as always."""
+
+    def forget(self) -> None:
+        """The nested tables, or who may use which page, have changed."""
+
+
 class Access:
     """The access paths of one machine.
 
@@ -123,11 +133,15 @@ class Access:
         self._host_c_bit = 1 << machine.config.part.c_bit
         self._nested: dict[tuple[int, int], NestedTranslation] = {}
         self._tables: dict[int, NestedTables] = {}
+        self.walker: Walker | None = None
+        """Of the engine that executes a guest of this machine; asked first."""
 
     def forget(self) -> None:
         """Drop cached nested translations: after a change of nested tables, and at a reset."""
         self._nested.clear()
         self._tables.clear()
+        if self.walker is not None:
+            self.walker.forget()
 
     def key_of(self, asid: int, *, c_bit: bool) -> MemoryKey | None:
         """The key of an access with `asid` and effective C-bit; None: plaintext."""
@@ -223,6 +237,10 @@ class Access:
         Raises `FaultUnwind`: #PF with its error code, #GP(0) for a non-canonical address, or what the nested walk or
         the slot `access_check` answers.
         """
+        if self.walker is not None:
+            found = self.walker.translate(vcpu, gva, kind)
+            if found is not None:
+                return found
         try:
             gpa, kind = self._walk_guest(vcpu, gva, kind)
             return gpa, self.guest_physical(vcpu, gpa, kind)

@@ -61,7 +61,7 @@ class MemoryKey:
     def __repr__(self) -> str:
         return f"MemoryKey({self.key_id}, {self.label!r}, AES-{len(self.xts_key) * 4})"
 
-    def encrypt_page(self, pfn: int, plaintext: bytes | bytearray) -> bytes:
+    def encrypt_page(self, pfn: int, plaintext: bytes | bytearray | memoryview) -> bytes:
         """Ciphertext of the 4096 bytes `plaintext` at page frame `pfn`."""
         tweak = (pfn << PAGE_SHIFT).to_bytes(16, "little")
         return self._cipher(self._aes, self._modes.XTS(tweak)).encryptor().update(plaintext)  # type: ignore[no-any-return]

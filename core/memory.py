@@ -10,6 +10,9 @@ XTS blocks are independent, the former owner finds exactly the touched 16-byte b
 
 `reset` puts back the pages written since `mark`: the first write to a page copies it once (copy on write).
 
+A CPU engine executes on *lent* pages: their bytes lie in the engine's memory and nowhere else, so that what the guest
+stores and what this module reads are one truth. Another key, a reset or a mark take a page back, and say so first.
+
 Tags say whose data a byte is (`core.buffers` and the oracles use them): one number for a uniform page, a second
 bytearray only where a page holds bytes of several owners. 0 means never written.
 """
@@ -44,7 +47,7 @@ class Page:
     __slots__ = ("cipher", "data", "epoch", "key", "source", "tag", "tags", "view", "view_key")
 
     def __init__(self, data: bytearray, key: MemoryKey | None, epoch: int, tag: int = TAG_POISON) -> None:
-        self.data = data
+        self.data: bytearray | memoryview = data
         self.key = key
         self.epoch = epoch
         self.tag = tag
@@ -58,7 +61,7 @@ class Page:
     def copy(self, epoch: int) -> Page:
         """A writable copy for sequence `epoch`."""
         page = Page.__new__(Page)
-        page.data = self.data[:]
+        page.data = bytearray(self.data)
         page.key = self.key
         page.epoch = epoch
         page.tag = self.tag
@@ -110,8 +113,10 @@ class Memory:
         "_saved",
         "epoch",
         "key_bits",
+        "lent",
         "page_owner_changed",
         "pages",
+        "recalled",
         "size_bytes",
     )
 
@@ -127,6 +132,10 @@ class Memory:
         self._keys_marked = 0
         self.page_owner_changed: Callable[[int, MemoryKey | None, MemoryKey | None], None] | None = None
         """Slot: told when a page is written under another key than before."""
+        self.lent: set[int] = set()
+        """Pages whose bytes lie in an engine's memory."""
+        self.recalled: Callable[[int], None] | None = None
+        """Told before the bytes of a lent page move: whoever executes on it must forget where they are."""
 
     # Keys -------------------------------------------------------------------------------------------------------
 
@@ -209,6 +218,8 @@ class Memory:
             fresh.tag = page.tag
             fresh.tags = None if page.tags is None else page.tags[:]
             old_key = page.key
+        if pfn in self.lent:
+            self._recall(pfn)
         self.pages[pfn] = fresh
         if self.page_owner_changed is not None and old_key is not key:
             self.page_owner_changed(pfn, old_key, key)
@@ -241,6 +252,9 @@ class Memory:
                 continue
             if page.epoch != epoch:
                 page = self.writable(pfn, old)
+            if pfn in self.lent:
+                self._recall(pfn)
+            assert isinstance(page.data, bytearray)  # only a lent page lies elsewhere
             consume(page.data)
             page.key = new
             page.tag = tag
@@ -275,8 +289,11 @@ class Memory:
             return page.view
         cipher = self._cipher(page, pfn)
         view = cipher if key is None else key.decrypt_page(pfn, cipher)
-        page.view = view
-        page.view_key = key
+        if pfn in self.lent:
+            page.cipher = None  # the guest stores without saying so
+        else:
+            page.view = view
+            page.view_key = key
         return view
 
     def _cipher(self, page: Page, pfn: int) -> bytes:
@@ -295,6 +312,8 @@ class Memory:
         page = Page(bytearray(), DEFERRED, self.epoch, tag)
         page.source = (key, source)
         before = self.pages.get(pfn)
+        if pfn in self.lent:
+            self._recall(pfn)
         if pfn not in self._saved:
             self._saved[pfn] = before
         self.pages[pfn] = page
@@ -312,6 +331,36 @@ class Memory:
             self._saved[pfn] = page
         self.pages[pfn] = settled
         return settled
+
+    def lend(self, pfn: int, key: MemoryKey | None, room: memoryview, tag: int) -> bool:
+        """Let an engine execute on page `pfn` as `key` sees it: its bytes move into `room` (4096 bytes) and stay there.
+
+        A page that was never written, and one that had another key - what `key` sees of it is no data of its former
+        owner - gets `tag`. Returns whether it had another key.
+        """
+        before = self.pages.get(pfn)
+        switched = before is not None and before.key is not key
+        page = self.writable(pfn, key)
+        if pfn not in self.lent:
+            room[:] = page.data
+            page.data = room
+            self.lent.add(pfn)
+        page.cipher = page.view = None
+        if switched or (page.tag == TAG_POISON and page.tags is None):
+            page.tag, page.tags = tag, None
+        return switched
+
+    def _recall(self, pfn: int) -> None:
+        if self.recalled is not None:
+            self.recalled(pfn)
+        self.lent.discard(pfn)
+        page = self.pages[pfn]
+        page.data = bytearray(page.data)
+
+    def recall_all(self) -> None:
+        """Take every lent page back."""
+        for pfn in list(self.lent):
+            self._recall(pfn)
 
     def dram(self, spa: int, length_bytes: int) -> bytes:
         """What a cold-boot reader finds in the DRAM cells: the ciphertext of encrypted pages."""
@@ -369,12 +418,15 @@ class Memory:
 
     def mark(self) -> None:
         """Make the present content what `reset` returns to."""
+        self.recall_all()
         self._saved.clear()
         self._keys_marked = len(self._keys)
         self.epoch += 1
 
     def reset(self) -> None:
         """Put the pages written since `mark` back."""
+        if self.lent:
+            self.recall_all()
         saved = self._saved
         if saved:
             pages = self.pages
@@ -414,6 +466,7 @@ class Memory:
 
     def restore(self, image: MemoryImage) -> None:
         """Take over the content of `image`; keys that are the same stay the same objects."""
+        self.recall_all()
         kept = self._keys
         self._keys = {}
         for key_id, xts_key, label in image.keys:
