@@ -7,7 +7,7 @@ every SVM processor does. Source: spec 24593 (APM volume 2), 15.5 to 15.20 and a
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sevlab.core.errors import InvariantViolation
 from sevlab.core.events import CpuExit, Fault, Injected, NotIntercepted, Refused, Resumed, VmExit
@@ -388,3 +388,53 @@ def end_shadow(vcpu: Vcpu) -> None:
     """
     if vcpu.vmcb.interrupt_state & INTERRUPT_SHADOW:
         vcpu.vmcb.interrupt_state &= ~INTERRUPT_SHADOW
+
+
+# Engines ----------------------------------------------------------------------------------------------------------
+
+
+class EngineSink(Protocol):
+    """The kernel's side of an engine: it decides, the engine executes. All engines have the same."""
+
+    def fill(self, gva: int, kind: int, cpl: int) -> tuple[int, int] | None:
+        """A translation that the engine lacks: (SPA of the page, rights: 1 read, 2 write, 4 execute).
+
+        `kind` is READ, WRITE or FETCH of `core.access`. None: the access does not happen; the engine ends `run` before
+        the instruction.
+        """
+
+    def nested_fault(self, gpa: int, error_code: int) -> None:
+        """An engine that walks the guest's tables itself lacks a nested translation."""
+
+    def exit(self, exit_code: int, exit_info_1: int) -> None:
+        """The guest is about to do what SVM can intercept; its registers are in the vCPU, RIP at the instruction.
+
+        Whatever the sink leaves in the vCPU is what the engine goes on with.
+        """
+
+
+class CpuEngine(Protocol):
+    """Executes one vCPU's instructions and reports what SVM could intercept; nothing else.
+
+    Which exit goes to whom, page walks, event delivery and time are the kernel's.
+    """
+
+    name: str
+
+    def run(self, max_instructions: int) -> bool:
+        """Execute until `stop`, a refused `fill` (False), or `max_instructions` (True)."""
+
+    def stop(self) -> None:
+        """From within a report: end `run` when the report has been dealt with."""
+
+    def flush(self) -> None:
+        """Forget every translation."""
+
+    def drop_page(self) -> bool:
+        """From within the report of an INVLPG: forget the translation of its one page; False: only `flush` can."""
+
+    def spoiled(self, spa: int) -> None:
+        """The bytes of the page at `spa` changed without the guest's doing: forget code made from it."""
+
+    def synchronise(self) -> None:
+        """Bring the registers that reports leave out (system-call MSRs, XMM) into the vCPU."""

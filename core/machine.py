@@ -28,6 +28,9 @@ from sevlab.core.plugins import PluginSet, load
 from sevlab.core.state import Journal, StateDict, Stateful, StateImage, capture, restore
 from sevlab.core.vocabulary import Outcome, Record, Vocabulary, spec_of
 
+INDEXED_LEAVES = frozenset((4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x8000_001D, 0x8000_0020, 0x8000_0026))
+"""CPUID leaves that look at ECX; all others answer whatever it holds. Source: spec 24594, E.3 and E.4."""
+
 KERNEL = "core"
 """The name under which the kernel itself registers."""
 
@@ -177,7 +180,8 @@ class Machine:
         if handler is not None:
             registers = handler(self, vcpu, leaf, subleaf)
         else:
-            registers = self._cpuid_bits.get((leaf, subleaf), (0, 0, 0, 0))
+            known = (leaf, subleaf if leaf in INDEXED_LEAVES else 0)
+            registers = self._cpuid_bits.get(known, (0, 0, 0, 0))
         if self.slots.cpuid_filter is not None:
             registers = self.slots.cpuid_filter(self, vcpu, leaf, subleaf, registers)
         return registers
