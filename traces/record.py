@@ -118,6 +118,14 @@ class Recorder:
         self._marked = self._snapshot()
         self._write(Mark())
 
+    def settle(self) -> None:
+        """Record the state as it is now; from here on only steps are recorded, and nobody compares snapshots.
+
+        For a machine whose memory changes between steps because a guest executes: what the steps depend on is in them.
+        """
+        self._look()
+        self._watch = False
+
     def end(self) -> None:
         """Let the oracles look at the sequence and record what they find."""
         sink = self.machine.sink

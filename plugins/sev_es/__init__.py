@@ -92,6 +92,7 @@ from sevlab.plugins.sev_es.records import (
     Vmgexit,
     VmgexitIgnored,
 )
+from sevlab.plugins.sev_es.save_area import state_bytes
 from sevlab.plugins.sev_es.scratch import Scratch
 from sevlab.plugins.sev_es.startup import set_up_vcpus
 from sevlab.plugins.sev_es.states import OPTIONS, Hold, SevEsState, sev_es_state, vcpu_protocol, vm_protocol
@@ -192,6 +193,7 @@ __all__ = [
     "segment_of",
     "set_up_vcpus",
     "sev_es_state",
+    "state_bytes",
     "valid_mask",
     "vcpu_protocol",
     "vm_protocol",
