@@ -11,6 +11,11 @@ COMMANDS: tuple[CommandSpec, ...] = (
     CommandSpec("vmsa", "Decode a VMSA page", "sevlab.plugins.sev_es.commands.show:vmsa", "show"),
     CommandSpec("exitinfo", "Decode EXITINFO1 of an exit", "sevlab.plugins.sev_es.commands.show:exitinfo", "show"),
     CommandSpec(
+        "run",
+        "Execute a kernel or program as a plain, SEV or SEV-ES guest",
+        "sevlab.plugins.engines.commands.run:run",
+    ),
+    CommandSpec(
         "measure",
         "Compute the launch digest of an SEV, SEV-ES or SNP guest; compare two of them",
         "sevlab.plugins.snp.commands.measure:measure",

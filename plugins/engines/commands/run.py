@@ -1,0 +1,164 @@
+"""`sevlab run`: a real kernel or program as a guest, its console on the terminal, a summary at the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from sevlab.core.cli import echo_json
+from sevlab.core.cliapi import resolve
+from sevlab.core.config import parse_size
+from sevlab.core.determinism import TSC_HZ
+from sevlab.core.errors import ConfigError
+from sevlab.core.svm import ExitCode, exit_name
+from sevlab.plugins import io
+from sevlab.plugins.engines.launch import Booted, Feature, boot, c_bit_mask, compose
+from sevlab.plugins.engines.loaders.load import load_guest
+from sevlab.plugins.engines.report import crash_report
+
+if TYPE_CHECKING:
+    from sevlab.plugins.engines.execution import Execution
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+RECORDER = "sevlab.traces.record:Recorder"
+"""Named, not imported: recordings are the other half of the house."""
+
+
+@click.command(name="run")
+@click.argument("kernel", type=FILE)
+@click.option("--initrd", type=FILE, help="Initial RAM disk of a Linux kernel.")
+@click.option("--append", default="", metavar="CMDLINE", help="Kernel command line.")
+@click.option(
+    "--feature", type=click.Choice([feature.value for feature in Feature]), default="plain", show_default=True
+)
+@click.option("--memory", default="256 MiB", show_default=True, help="Memory of the guest.")
+@click.option("--direct", is_flag=True, help="Take the kernel out of its bzImage and skip its decompressor.")
+@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Record the run as a trace.")
+@click.option("--seed", default="0", show_default=True, help="Of keys and of the guest's RDRAND.")
+@click.option("--max-instructions", type=click.IntRange(min=1), help="End the run after about so many.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON; the console goes to standard error.")
+def run(
+    *,
+    kernel: Path,
+    initrd: Path | None,
+    append: str,
+    feature: str,
+    memory: str,
+    direct: bool,
+    record: Path | None,
+    seed: str,
+    max_instructions: int | None,
+    as_json: bool,
+) -> None:
+    """Execute KERNEL as a guest: a Linux bzImage or vmlinux, another x86-64 ELF, or a flat binary for 1 MiB."""
+    chosen = Feature(feature)
+    memory_bytes = parse_size(memory, "--memory")
+    if memory_bytes < 1 << 20 or memory_bytes % (2 << 20):
+        raise ConfigError(f"--memory {memory}: expected a multiple of 2 MiB")
+    if record is not None and chosen is not Feature.SEV_ES:
+        raise ConfigError(
+            "--record: only of --feature sev-es; of others the hypervisor reads memory that no step holds"
+        )
+    machine = compose(memory_bytes=memory_bytes, seed=seed.encode())
+    image = load_guest(
+        kernel,
+        memory_bytes=memory_bytes,
+        initrd=initrd,
+        append=append,
+        encrypted=chosen.encrypted,
+        c_bit_mask=c_bit_mask(machine, chosen),
+        direct=direct,
+    )
+    recorder = resolve(RECORDER)(machine, record) if record is not None else None
+    try:
+        booted = boot(machine, image, chosen, before_start=None if recorder is None else recorder.settle)
+        summary = _execute(booted, console_to_stderr=as_json, limit=max_instructions)
+    finally:
+        if recorder is not None:
+            recorder.close()
+    summary |= {"recorded": str(record) if record is not None else None}
+    if as_json:
+        echo_json(summary)
+    else:
+        _print_summary(summary)
+    ended = booted.execution.ended
+    if ended is not None and not ended.clean:
+        click.echo(crash_report(booted.execution), err=True)
+        sys.exit(1)
+
+
+def _execute(booted: Booted, *, console_to_stderr: bool, limit: int | None) -> dict[str, Any]:
+    execution = booted.execution
+    console = _Console(booted, to_stderr=console_to_stderr)
+    interrupted = False
+
+    def ask_to_end(_signal: int, _frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        if execution.engine is not None:
+            execution.engine.stop()
+
+    def watch(run: Execution) -> None:
+        console.show()
+        if interrupted:
+            run.end("interrupted (Ctrl-C)")
+        elif limit is not None and run.instructions >= limit:
+            run.end(f"{limit} instructions", clean=True)
+
+    execution.watch = watch
+    execution.recorded = booted.recorded
+    before = signal.signal(signal.SIGINT, ask_to_end)
+    started = time.perf_counter()
+    try:
+        ended = execution.run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    seconds = time.perf_counter() - started
+    console.show()
+    exits = {exit_name(code): count for code, count in sorted(execution.exits.items())}
+    return {
+        "ended": ended.reason,
+        "clean": ended.clean,
+        "kind": booted.image.kind,
+        "launch_digest": booted.digest.hex() or None,
+        "instructions": execution.instructions,
+        "seconds": round(seconds, 3),
+        "mips": round(execution.instructions / seconds / 1e6, 2),
+        "virtual_seconds": round(booted.machine.tsc() / TSC_HZ, 6),
+        "vmgexits": execution.exits[ExitCode.VMGEXIT],
+        "exits": exits,
+        "tlb_fills": execution.mmu.fills,
+        "page_switches": execution.mmu.switches,
+    }
+
+
+class _Console:
+    """What the guest writes to its serial port and debug console, as it comes."""
+
+    def __init__(self, booted: Booted, *, to_stderr: bool) -> None:
+        self._board = io.devices(booted.machine, booted.execution.vcpu)
+        self._stream = sys.stderr if to_stderr else sys.stdout
+        self._shown = 0
+
+    def show(self) -> None:
+        output = self._board.uart.output
+        if len(output) > self._shown:
+            self._stream.write(output[self._shown :].decode("latin-1").replace("\r\n", "\n"))
+            self._stream.flush()
+            self._shown = len(output)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    click.echo(f"\nended: {summary['ended']}")
+    if summary["launch_digest"]:
+        click.echo(f"launch digest: {summary['launch_digest']}")
+    click.echo(
+        f"{summary['instructions'] / 1e6:.1f} M instructions in {summary['seconds']:.1f} s,"
+        f" {summary['virtual_seconds']:.3f} s of the guest's time"
+    )
+    exits = ", ".join(f"{name} {count}" for name, count in summary["exits"].items())
+    click.echo(f"exits: {exits or 'none'}")
