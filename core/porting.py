@@ -6,7 +6,7 @@ which the exchange that takes the exit's place is executed - or both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,12 +44,30 @@ class Judgement(NamedTuple):
     """The instruction, and registers with which it does in another guest what it did here."""
 
 
+class CallFate(NamedTuple):
+    """One operation of a hypercall, made by an encrypted guest in the ABI that it used as a plain one.
+
+    `fate` in words; `survives` without a change; `allowed` to guests at all; `instead`: the ABIs and calls that take
+    its place, best first; `shared`: what must be shared memory besides the arguments.
+    """
+
+    call: str
+    operation: str
+    fate: str
+    survives: bool
+    allowed: bool
+    instead: tuple[str, ...] = ()
+    shared: str = ""
+
+
 class Porting(NamedTuple):
     """A feature's part: `judge(exit, is_device)`, where `is_device` says whether a nested fault met a device.
 
-    `subject()` makes a machine whose vCPU 0 runs a guest under the feature.
+    `subject()` makes a machine whose vCPU 0 runs a guest under the feature. `calls` are the hypercalls that the
+    feature's plugin serves, by the number in EAX.
     """
 
     feature: str
     judge: Callable[[GuestExit, bool], Judgement] | None = None
     subject: Callable[[], Machine] | None = None
+    calls: Mapping[int, tuple[CallFate, ...]] | None = None

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.cpu import skip_instruction
 from sevlab.core.events import CpuidResult, Supplied, Value
-from sevlab.core.hypercall import HypercallEnd, HypercallFrame
+from sevlab.core.hypercall import CodeMode, HypercallFrame
 from sevlab.core.svm import ExitCode, Vector
+from sevlab.core.units import MASK32, MASK64
 from sevlab.plugins.captured.certain import apic_certain, port_certain
 from sevlab.plugins.captured.lines import late_lines
 from sevlab.plugins.captured.records import ApicAccessed, InterruptCommand, InterruptEnded
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from sevlab.core.events import CpuExit
     from sevlab.core.machine import Machine
 
-MASK32 = 0xFFFF_FFFF
 APIC_BASE, X2APIC_FIRST, X2APIC_LAST, TSC_DEADLINE = 0x1B, 0x800, 0x8FF, 0x6E0
 EOI, ICR_LOW, ICR_HIGH, SELF_IPI = 0xB0, 0x300, 0x310, 0x3F0
 IOIO_IN, IOIO_STRING = 1 << 0, 1 << 2
 CR_MOV = 1 << 63
+LONG = 64
+CALL_ARGUMENTS = ("rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r10")
+"""Where arguments of hypercalls lie in any of their ABIs."""
 
 
 def register(builder: PluginBuilder) -> None:
@@ -38,7 +41,7 @@ def register(builder: PluginBuilder) -> None:
     for code in (*range(0x20, 0x28), *range(0x30, 0x38)):
         builder.exits.replace(code, lambda _: skip)
     builder.exits.add(ExitCode.RSM, skip)
-    builder.slot("hypercall", hypercall)
+    builder.exits.replace(ExitCode.VMMCALL, lambda _: vmmcall)
 
 
 def skip(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
@@ -197,7 +200,19 @@ def control_register(original: ExitHandler) -> ExitHandler:
     return handle
 
 
-def hypercall(machine: Machine, vcpu: Vcpu, frame: HypercallFrame) -> HypercallEnd:
-    """The captured hypervisor answered; what, its log does not show."""
-    machine.emit(Supplied("hypercall"))
-    return HypercallEnd.COMPLETED
+def vmmcall(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
+    """The hypervisor whose ABI the machine speaks answers. Without one the captured one did: how is not in the log.
+
+    Argument registers that the log does not show are all ones, which no hypercall takes for an operation.
+    """
+    owner, step = machine.slots.hypercall, captured(machine).step
+    if owner is None:
+        machine.emit(Supplied("hypercall"))
+    else:
+        known = dict(step.registers)
+        for name in CALL_ARGUMENTS:
+            if name not in known:
+                setattr(vcpu.regs, name, MASK64)
+        mode = CodeMode.BITS_64 if step.mode == LONG else CodeMode.BITS_32
+        owner(machine, vcpu, HypercallFrame(vcpu.regs, cpl=0, mode=mode))
+    skip_instruction(vcpu, exit_)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from sevlab.core.cliapi import DemoChapter
 from sevlab.core.hookspecs import hookimpl
+from sevlab.core.porting import Porting
 from sevlab.plugins.xen import domains, events, hyperv
 from sevlab.plugins.xen.arguments import LAYOUTS as ARGUMENT_LAYOUTS
-from sevlab.plugins.xen.assess import SURVIVAL, Fate, Survival, survival
+from sevlab.plugins.xen.assess import SURVIVAL, Fate, Survival, fates, survival
 from sevlab.plugins.xen.call import Abi, Call
 from sevlab.plugins.xen.discovery import Discovery, hypercall_page
 from sevlab.plugins.xen.dispatch import HypercallEntry, Owner
@@ -159,6 +160,12 @@ def sevlab_state_counters() -> tuple[StateCounter, ...]:
 @hookimpl
 def sevlab_payloads() -> tuple[Payload, ...]:
     return PAYLOADS
+
+
+@hookimpl
+def sevlab_porting() -> tuple[Porting, ...]:
+    calls = fates()
+    return tuple(Porting(feature, calls=calls) for feature in ("sev", "sev-es", "snp"))
 
 
 @hookimpl

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
+from sevlab.core.porting import CallFate
 from sevlab.plugins.xen.hypercalls import event_channel, grant_table, hvm, memory, other, sched, vcpu, version
 from sevlab.plugins.xen.hypercalls.table import TABLE
 from sevlab.plugins.xen.numbers import (
@@ -178,6 +179,29 @@ SURVIVAL: tuple[Survival, ...] = _rows()
 def survival(number: int) -> tuple[Survival, ...]:
     """The rows of one hypercall number, as an exit trace has it in EAX: the sub-operation is in another register."""
     return tuple(row for row in SURVIVAL if row.number == number)
+
+
+def fates() -> dict[int, tuple[CallFate, ...]]:
+    """The same for `sevlab assess`, by number."""
+    found: dict[int, tuple[CallFate, ...]] = {}
+    for row in SURVIVAL:
+        call, _, operation = row.name.partition(" ")
+        instead = (
+            *(("the FastABI",) if row.fast else ()),
+            *(("the physical-address ABI",) if row.physical else ()),
+            *((row.instead,) if row.instead else ()),
+        )
+        fate = CallFate(
+            call,
+            operation,
+            row.fate.value,
+            survives=row.fate is Fate.SURVIVES,
+            allowed=row.fate is not Fate.REFUSED,
+            instead=instead,
+            shared=row.shared,
+        )
+        found[row.number] = (*found.get(row.number, ()), fate)
+    return found
 
 
 def markdown_table() -> str:

@@ -11,7 +11,7 @@ from sevlab.core.errors import ConfigError
 from sevlab.core.events import CpuExit, GuestExit, SetRegisters
 from sevlab.core.machine import Machine
 from sevlab.core.plugins import PluginSet, load
-from sevlab.core.porting import Judgement, Path
+from sevlab.core.porting import CallFate, Judgement, Path
 from sevlab.core.svm import ExitCode
 from sevlab.core.units import PAGE_BYTES
 from sevlab.core.vocabulary import Record, spec_of
@@ -19,7 +19,7 @@ from sevlab.traces.importers import kvm_exits as ke
 from sevlab.traces.importers import kvm_host as kh
 from sevlab.traces.importers import kvm_interrupts as ki
 from sevlab.traces.importers.log_records import XenEvent
-from sevlab.traces.importers.xentrace import IOMEM_READS, IOMEM_WRITES
+from sevlab.traces.importers.xentrace import IOMEM_READS, IOMEM_WRITES, VMMCALL
 from sevlab.traces.schema import Entry
 
 KERNEL_HALF = 0xFFFF_8000_0000_0000
@@ -60,6 +60,40 @@ class Row:
     executed: Exchanged = field(default_factory=Exchanged)
     instructions: int = 0
     """Instructions behind the exits: one string instruction exits many times."""
+
+
+@dataclass
+class Called:
+    """Hypercalls of one number; `operations` are what such a number can ask for: the log does not show which it was."""
+
+    number: int
+    operations: tuple[CallFate, ...]
+    calls: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the hypervisor calls it."""
+        return self.operations[0].call if self.operations else "unknown"
+
+    def fate(self) -> str:
+        """Whether it goes on working as it is."""
+        allowed = [one for one in self.operations if one.allowed]
+        surviving = sum(one.survives for one in allowed)
+        if not allowed:
+            return "not for guests" if self.operations else "unknown"
+        if surviving in (0, len(allowed)):
+            return "works" if surviving else "fails"
+        return f"{surviving} of {len(allowed)} operations work"
+
+    def instead(self) -> list[str]:
+        """What takes the place of the operations that fail."""
+        failing = [one for one in self.operations if one.allowed and not one.survives]
+        count = Counter(what for one in failing for what in one.instead[:1])
+        return [what if len(count) == 1 else f"{what} ({times})" for what, times in count.most_common()]
+
+    def shared(self) -> list[str]:
+        """What must be shared besides the arguments."""
+        return list(dict.fromkeys(one.shared for one in self.operations if one.shared))
 
 
 @dataclass
@@ -109,6 +143,8 @@ class Assessment:
     """Exits before the kernel."""
     device_pages: Counter[int] = field(default_factory=Counter)
     paravirtual: Counter[str] = field(default_factory=Counter)
+    hypercalls: dict[int, Called] = field(default_factory=dict)
+    """Of Xen's guests, by number."""
     vcpus: int = 0
     timeline: Timeline = field(default_factory=Timeline)
 
@@ -131,7 +167,7 @@ class Assessor:
     """Judges entries one by one. Raises `ConfigError` for a feature that no installed plugin judges."""
 
     def __init__(self, feature: str, plugins: PluginSet | None = None, *, execute: bool = True) -> None:
-        plugins = plugins or load(["captured", "sev_es"])
+        plugins = plugins or load(["captured", "sev_es", "xen"])
         found = [one for ports in plugins.call("sevlab_porting").values() for one in ports]
         self._judge = next((one.judge for one in found if one.feature == feature and one.judge is not None), None)
         if self._judge is None:
@@ -141,6 +177,7 @@ class Assessor:
         self._subject: Machine | None = make() if make is not None and execute else None
         if self._subject is not None:
             self._subject.mark()
+        self._calls = next((one.calls for one in found if one.feature == feature and one.calls is not None), None) or {}
         self.result = Assessment(feature)
         self._cache: dict[tuple[Any, ...], tuple[int, list[str]]] = {}
         self._kernel: set[int] = set()
@@ -187,6 +224,8 @@ class Assessor:
             what = SHARED_BY_PARAVIRTUALISATION.get(type(record))
             if what is not None:
                 result.paravirtual[what] += 1
+            elif type(record) is XenEvent and record.event == VMMCALL and record.words:
+                self._called(record.words[0])
         if judgement.path is Path.CANNOT:
             key = (step.rip, step.insn, judgement.reason)
             place = result.refused.setdefault(key, Refused(step.rip, step.insn, judgement.kind, judgement.reason))
@@ -195,6 +234,12 @@ class Assessor:
         elif judgement.path is Path.NAE and self._subject is not None:
             self._execute(step, judgement, row.executed)
         result.timeline.add(entry.time_ns, judgement.path)
+
+    def _called(self, number: int) -> None:
+        calls = self.result.hypercalls
+        if number not in calls:
+            calls[number] = Called(number, tuple(self._calls.get(number, ())))
+        calls[number].calls += 1
 
     def judge(self, step: GuestExit, is_device: bool) -> Judgement:  # noqa: FBT001  # as `Porting.judge`
         """What becomes of an exit."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sevlab.core.errors import ConfigError
 from sevlab.core.porting import Path
 from sevlab.traces.assess.judge import BUCKETS
-from sevlab.traces.assess.report import MEANING, extra_exits, ordered
+from sevlab.traces.assess.report import MEANING, called, extra_exits, ordered
 
 if TYPE_CHECKING:
     from sevlab.traces.assess.judge import Assessment
@@ -42,6 +42,7 @@ def html_page(result: Assessment, title: str) -> str:
         charts[1],
         _rows(result),
         _refused(result),
+        _hypercalls(result),
         "<h2>Must be shared memory</h2><ul>",
         *(f"<li>{escape(what)}</li>" for what in result.shared()),
         "</ul><h2>Exchanges, executed</h2>",
@@ -97,6 +98,20 @@ def _refused(result: Assessment) -> str:
     )
     head = "<tr><th class='n'>exits</th><th>rip</th><th>instruction</th><th>kind</th><th>why</th></tr>"
     return f"<h2>Cannot be served</h2><table>{head}{rows}</table>"
+
+
+def _hypercalls(result: Assessment) -> str:
+    if not result.hypercalls:
+        return ""
+    rows = "".join(
+        f"<tr><td class='n'>{call.calls:,}</td><td class='n'>{call.number}</td><td>{escape(call.name)}</td>"
+        f"<td>{escape(call.fate())}</td><td>{escape(', '.join(call.instead()))}</td>"
+        f"<td>{escape(', '.join(call.shared()))}</td></tr>"
+        for call in called(result)
+    )
+    head = "<tr><th class='n'>calls</th><th class='n'>number</th><th>hypercall</th><th>encrypted</th><th>instead</th>"
+    head += "<th>must be shared besides</th></tr>"
+    return f"<h2>Hypercalls with the legacy ABI</h2><table>{head}{rows}</table>"
 
 
 def _examples(result: Assessment) -> list[str]:

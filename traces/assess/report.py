@@ -8,7 +8,7 @@ from sevlab.core.porting import Path
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from sevlab.traces.assess.judge import Assessment, Row
+    from sevlab.traces.assess.judge import Assessment, Called, Row
 
 MEANING = {
     Path.STAYS: "leaves the guest as before",
@@ -66,9 +66,26 @@ def document(result: Assessment) -> dict[str, Any]:
             }
             for place in result.refused.values()
         ],
+        "hypercalls": [
+            {
+                "number": call.number,
+                "name": call.name,
+                "calls": call.calls,
+                "legacy_abi": call.fate(),
+                "instead": call.instead(),
+                "shared": call.shared(),
+                "operations": [one._asdict() for one in call.operations],
+            }
+            for call in called(result)
+        ],
         "shared": result.shared(),
         "device_pages": {f"{page << 12:#x}": count for page, count in sorted(result.device_pages.items())},
     }
+
+
+def called(result: Assessment) -> list[Called]:
+    """The hypercalls, the frequent first."""
+    return sorted(result.hypercalls.values(), key=lambda call: -call.calls)
 
 
 def extra_exits(row: Row) -> int:
@@ -115,6 +132,15 @@ def print_report(result: Assessment, console: Console) -> None:
     for place in result.refused.values():
         insn = place.insn.hex(" ") or "-"
         console.print(f"  {place.exits:>5,} x  rip {place.rip:#x}  {insn:<24} {place.kind}: {place.reason}")
+    if result.hypercalls:
+        console.print("\nHypercalls with the legacy ABI (the log has the number, not which operation it was):")
+        table = Table(box=None, pad_edge=False)
+        for name in ("calls", "number", "hypercall", "encrypted", "instead", "must be shared besides"):
+            table.add_column(name, justify="right" if name in ("calls", "number") else "left")
+        for call in called(result):
+            words = call.name, call.fate(), ", ".join(call.instead()), ", ".join(call.shared())
+            table.add_row(f"{call.calls:,}", str(call.number), *words)
+        console.print(table)
     early = ", ".join(f"{result.early[path]:,} {path.value}" for path in Path)
     console.print(f"\nBefore the kernel (firmware and early boot need a #VC handler of their own): {early}.")
     console.print("Must be shared memory:")

@@ -63,7 +63,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "xentrace",
         "xentrace's binary file",
-        ("captured",),
+        ("captured", "xen"),
         lambda head: "" if xentrace.recognise(head) else "it does not start with a window of a CPU",
         lambda source: xentrace.XenTrace(source.stream),
     ),

@@ -23,7 +23,8 @@ from sevlab.traces.schema import NO_VCPU, Entry
 
 CPU_CHANGE, CPU_CHANGE_HEADER, LOST_RECORDS, WRAP = 0x1F003, 0x2001_F003, 0x1F001, 0x1F002
 VMENTRY, NESTED_VMENTRY = 0x81001, 0x81401
-VMEXITS = frozenset((0x81002, 0x81102, 0x81003, 0x81103))
+VMEXITS_LONG = frozenset((0x81102, 0x81103))
+VMEXITS = frozenset((0x81002, 0x81003)) | VMEXITS_LONG
 MSR_READ, MSR_WRITE, CPUID, VMMCALL, INJ_VIRQ, INJ_EXC = 0x8200C, 0x8200D, 0x8200E, 0x82012, 0x82004, 0x82003
 IOPORT_READ, IOPORT_WRITE = 0x82016, 0x82216
 IOMEM_READS, IOMEM_WRITES, NPF = (0x82017, 0x82117), (0x82217, 0x82317), 0x82021
@@ -47,6 +48,7 @@ NAMES = {
 _WORD, _TSC = Struct("<I"), Struct("<Q")
 COM_SIZE = 1 << 4
 IN, STRING = 1 << 0, 1 << 2
+LONG = 64
 
 
 def recognise(head: bytes) -> bool:
@@ -117,13 +119,13 @@ class XenTrace:
 
     def _exchange(self, exit_: tuple[int, int, tuple[int, ...]], body: list[XenEvent], entered: int | None) -> Entry:
         self._exchanges += 1
-        _, started, words = exit_
+        event, started, words = exit_
         code = words[0] if words else 0
         rip = words[1] | (words[2] << 32 if len(words) > 2 else 0) if len(words) > 1 else 0
         outcome: tuple[Record, ...] = tuple(body)
         if entered is not None:
             outcome = (*outcome, Entered(max(entered - started, 0)))
-        return Entry(started, 0, guest_exit(code, rip, body), outcome)
+        return Entry(started, 0, guest_exit(code, rip, LONG if event in VMEXITS_LONG else 0, body), outcome)
 
     def summary(self) -> dict[str, Any]:
         """What was in the file."""
@@ -145,7 +147,7 @@ class XenTrace:
 KNOWN = frozenset((*NAMES, LOST_RECORDS, WRAP))
 
 
-def guest_exit(code: int, rip: int, body: list[XenEvent]) -> GuestExit:
+def guest_exit(code: int, rip: int, mode: int, body: list[XenEvent]) -> GuestExit:
     """The step of an exchange: what its records say of the guest."""
     info_1 = info_2 = 0
     registers: tuple[tuple[str, int], ...] = ()
@@ -178,5 +180,5 @@ def guest_exit(code: int, rip: int, body: list[XenEvent]) -> GuestExit:
         elif event == INJ_EXC:
             refused = code == ExitCode.MSR
     return GuestExit(
-        0, rip, code, info_1, info_2, b"", 0, 0, 0, registers, stored, answers, refused, (), False, interruptible
+        0, rip, code, info_1, info_2, b"", mode, 0, 0, registers, stored, answers, refused, (), False, interruptible
     )  # fmt: skip

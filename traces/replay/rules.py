@@ -98,7 +98,12 @@ def _emulator_cpuid(x: Exchange, check: str, recorded: Any, computed: Any) -> bo
     return check == "CPUID without its exit" and bool(x.step.insn)
 
 
+def _no_xen(x: Exchange, check: str, recorded: Any, computed: Any) -> bool:
+    return check == "hypercall" and computed == NOTHING and "hypercall" in x.supplied
+
+
 RULES: tuple[Rule, ...] = (
+    Rule("no handler: xen", "the machine that replays has no plugin that serves Xen's hypercalls", _no_xen),
     Rule(
         "CPUID of the emulator",
         "KVM's instruction emulator asks for the vendor itself (arch/x86/kvm/emulate.c)",

@@ -1,7 +1,9 @@
 """What of an exchange in a xentrace the model computes.
 
 Xen's log shows data, not how the guest asked for it: CPUID answers and MSRs seen before, and reads of devices that
-follow from earlier writes, are computed; ports, sizes and addresses would only be read back.
+follow from earlier writes, are computed; ports, sizes and addresses would only be read back. Of a hypercall it has the
+number: that the ABI of the caller's mode leads there, and that Xen has such a call, is checked; operation, arguments
+and result are not in the log.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ def event(x: Exchange, record: XenEvent) -> Iterator[Comparison]:
         access = x.first("io.mmio")
         if access is not None:
             yield "device value", words[-1], access.value
+    elif number == xt.VMMCALL and words:
+        called = x.first("xen.called")
+        yield "hypercall", words[0], NOTHING if called is None else called.number
+        if called is not None:
+            yield "hypercall known", True, bool(called.abi)
     elif number == xt.INJ_EXC and len(words) >= 2:
         injected = x.first("injected")
         yield "injected exception", words[0], NOTHING if injected is None else injected.event & 0xFF

@@ -7,7 +7,9 @@ from collections import Counter
 from functools import cache
 
 import pytest
+from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.core.events import GuestExit
+from sevlab.core.machine import Machine
 from sevlab.core.porting import Path
 from sevlab.core.svm import ExitCode
 from sevlab.traces.assess.judge import Assessor
@@ -18,6 +20,7 @@ from sevlab.traces.replay.engine import Replay
 
 from tests.vectors import capture_set
 
+GUEST = (GuestConfig(memory_bytes=1 << 16),)
 NAME = "xen-4.17-svm-hvm-boot.xentrace.xz"
 
 
@@ -70,6 +73,63 @@ def test_the_boot_replays_without_unexplained_differences():
     assert [group.first.text() for group in tally.divergences.values()] == []
     assert dict(tally.explained) == {"EFER.LMA": 1, "counter MSR": 1}
     assert sum(n for (_, check), n in tally.checked.items() if check == "eax") == 883 - 343
+
+
+@cache
+def replayed(plugins):
+    config = MachineConfig(plugins=plugins, guests=GUEST)
+    return Replay(Machine(config)).run(entry for entry in imported()[0] if is_call(entry))
+
+
+def is_call(entry):
+    return isinstance(entry.step, GuestExit) and entry.step.exit_code == ExitCode.VMMCALL
+
+
+@pytest.mark.slow
+def test_every_hypercall_of_the_boot_is_one_that_xen_has():
+    tally = replayed(("captured", "xen"))
+    assert tally.exchanges == {"vmmcall": 2652}
+    assert tally.checked == {("vmmcall", "hypercall"): 2652, ("vmmcall", "hypercall known"): 2652}
+    assert not tally.divergences
+    assert not tally.explained
+
+
+@pytest.mark.slow
+def test_without_xen_each_hypercall_is_counted_as_unserved():
+    tally = replayed(("captured",))
+    assert tally.explained == {"no handler: xen": 2652}
+    assert not tally.divergences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [24 ^ 0x40, 0xFFFF])
+def test_a_corrupted_hypercall_number_is_caught(number):
+    entry = next(entry for entry in imported()[0] if is_call(entry))
+    outcome = tuple(
+        record._replace(words=(number, *record.words[1:])) if record.event == 0x82012 else record
+        for record in entry.outcome
+        if isinstance(record, XenEvent)
+    )
+    replay = Replay(Machine(MachineConfig(plugins=("captured", "xen"), guests=GUEST)))
+    replay.exchange(entry._replace(outcome=outcome))
+    assert list(replay.tally.divergences) == ["vmmcall: hypercall"]
+    unknown = entry._replace(step=entry.step._replace(registers=(("rax", number),)), outcome=outcome)
+    replay = Replay(Machine(MachineConfig(plugins=("captured", "xen"), guests=GUEST)))
+    replay.exchange(unknown)
+    assert list(replay.tally.divergences) == ["vmmcall: hypercall known"]
+
+
+@pytest.mark.slow
+def test_each_hypercall_of_the_boot_is_judged():
+    # Counted in the file independently: spec page of the captures, section on xentrace.
+    counts = {24: 2213, 33: 267, 32: 77, 29: 53, 12: 17, 34: 12, 17: 6, 20: 6, 21: 1}
+    result = Assessor("sev-es", execute=False).run(entry for entry in imported()[0] if is_call(entry))
+    assert {number: call.calls for number, call in result.hypercalls.items()} == counts
+    assert result.hypercalls[33].fate() == "fails"
+    assert result.hypercalls[33].instead() == ["the physical-address ABI"]
+    assert result.hypercalls[21].fate() == "works"
+    assert result.hypercalls[24].fate() == "6 of 15 operations work"
+    assert "the granted page" in result.hypercalls[20].shared()
 
 
 def record(event, *words, tsc=None):
