@@ -299,13 +299,13 @@ class Access:
 
     def guest_physical_read(self, vcpu: Vcpu, gpa: int, length_bytes: int, *, c_bit: bool) -> bytes:
         """`length_bytes` bytes at guest-physical `gpa`, reached with or without the C-bit."""
-        kind = AccessKind.PRIVATE if c_bit else AccessKind.READ
+        kind = _PRIVATE if c_bit else 0
         places = [(self.guest_physical(vcpu, start, kind), count) for start, count in split_pages(gpa, length_bytes)]
         return b"".join(self._memory.read(place.spa, count, place.key) for place, count in places)
 
     def guest_physical_write(self, vcpu: Vcpu, gpa: int, data: bytes, *, c_bit: bool) -> None:
         """Store `data` at guest-physical `gpa`, reached with or without the C-bit."""
-        kind = AccessKind.WRITE | (AccessKind.PRIVATE if c_bit else 0)
+        kind = _WRITE | (_PRIVATE if c_bit else 0)
         self._store(
             [(self.guest_physical(vcpu, start, kind), count) for start, count in split_pages(gpa, len(data))], data
         )
@@ -323,14 +323,14 @@ class Access:
         key = self.key_of(HOST_ASID, c_bit=c_bit)
         if self._check is not None:
             for start, _ in split_pages(spa, length_bytes):
-                self.check(HYPERVISOR, start, GPA_NONE, AccessKind.PRIVATE if c_bit else AccessKind.READ)
+                self.check(HYPERVISOR, start, GPA_NONE, _PRIVATE if c_bit else 0)
         return self._memory.read(spa, length_bytes, key)
 
     def hypervisor_write(self, spa: int, data: bytes, *, c_bit: bool = False) -> None:
         """Store `data` at `spa`; in a private page that spoils the touched 16-byte blocks for their owner."""
         key = self.key_of(HOST_ASID, c_bit=c_bit)
         if self._check is not None:
-            kind = AccessKind.WRITE | (AccessKind.PRIVATE if c_bit else 0)
+            kind = _WRITE | (_PRIVATE if c_bit else 0)
             for start, _ in split_pages(spa, len(data)):
                 self.check(HYPERVISOR, start, GPA_NONE, kind)
         self._memory.write(spa, data, key, TAG_HYPERVISOR)

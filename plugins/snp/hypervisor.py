@@ -6,6 +6,7 @@ Source: Linux arch/x86/kvm/svm/sev.c.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from sevlab.core.asp import run_command
@@ -15,7 +16,7 @@ from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.plugins.sev import Command
 from sevlab.plugins.snp.layout import ASID_SHIFT, ASSIGNED, IMMUTABLE, PAGE_SIZE
 from sevlab.plugins.snp.rmp import PAGES_PER_2M, owning_entry, region_of
-from sevlab.plugins.snp.rmp_host import NewState, RmpCode, psmash, snp_enabled, update, update_run
+from sevlab.plugins.snp.rmp_host import NewState, RmpCode, psmash, snp_enabled, update, update_pages
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
@@ -148,16 +149,17 @@ def make_shared(machine: Machine, vm_id: int, gpa: int, *, large: bool) -> bool:
     return True
 
 
-def change_run(machine: Machine, vm_id: int, gpa: int, count: int, *, private: bool) -> bool:
-    """Make `count` pages of 4 KiB in a row private or shared at once; False: nothing was done, do each by itself."""
-    spa = page_spa(machine, vm_id, gpa, count * PAGE_BYTES)
-    if spa is None or not snp_enabled(machine):
+def change_pages_at_once(machine: Machine, vm_id: int, gpas: Sequence[int], *, private: bool) -> bool:
+    """Make different pages of 4 KiB private or shared at once; False: nothing was done, do each by itself."""
+    vm = machine.hypervisor.vms[vm_id]
+    if max(gpas) + PAGE_BYTES > vm.memory_bytes or not snp_enabled(machine):
         return False
-    low = ASSIGNED | gpa | host_guest(machine, vm_id).asid << ASID_SHIFT if private else 0
-    if not update_run(machine, spa, count, NewState(low, PAGE_BYTES)):
+    spas = [vm.memory_spa + gpa for gpa in gpas]
+    owned = ASSIGNED | host_guest(machine, vm_id).asid << ASID_SHIFT
+    if not update_pages(machine, spas, [owned | gpa if private else 0 for gpa in gpas]):
         return False
-    for offset in range(0, count * PAGE_BYTES, PAGE_BYTES):
-        _map(machine, vm_id, gpa + offset, spa + offset, PAGE_BYTES)
+    for gpa, spa in zip(gpas, spas, strict=True):
+        _map(machine, vm_id, gpa, spa, PAGE_BYTES)
     return True
 
 

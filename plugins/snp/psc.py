@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.layout import Layout, bits, flag, u16, u32, u64
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
-from sevlab.plugins.snp.hypervisor import change_run, make_private, make_shared, snp_hypervisor
+from sevlab.plugins.snp.hypervisor import change_pages_at_once, make_private, make_shared, snp_hypervisor
 from sevlab.plugins.snp.rmp import PAGES_PER_2M
 
 if TYPE_CHECKING:
@@ -116,34 +116,34 @@ def change_pages(machine: Machine, vcpu: Vcpu, data: bytes) -> tuple[int, bytes]
     limit = snp_hypervisor(machine).psc_batch or MAX_ENTRIES
     words = [word for (word,) in _ENTRY.iter_unpack(bytes(out[PscHeader.SIZE :]))]
     result: int = PscResult.SUCCESS
-    while cur_entry <= end_entry and limit:
-        count = _run_length(words, cur_entry, min(end_entry + 1, cur_entry + limit))
+    end = min(end_entry + 1, cur_entry + limit)
+    while cur_entry < end and not result:
+        count = _alike(words, cur_entry, end)
+        gpas = [word & _GFN for word in words[cur_entry : cur_entry + count]]
         private = words[cur_entry] >> _OPERATION_SHIFT & 0xF == PscOperation.PRIVATE
-        if count > 1 and not change_run(machine, vcpu.vm_id, words[cur_entry] & _GFN, count, private=private):
-            count = 1
-        if count == 1:
-            result = _change(machine, vcpu, words[cur_entry])
+        at_once = count > 1 and change_pages_at_once(machine, vcpu.vm_id, gpas, private=private)
+        for word in words[cur_entry : cur_entry + count]:
+            result = PscResult.SUCCESS if at_once else _change(machine, vcpu, word)
             if result:
                 break
-        for number in range(cur_entry, cur_entry + count):
-            done = PAGES_PER_2M if words[number] & _LARGE else 1
-            _ENTRY.pack_into(out, PscHeader.SIZE + number * PscEntry.SIZE, words[number] & ~_CUR_PAGE | done)
-        cur_entry += count
-        limit -= count
+            done = PAGES_PER_2M if word & _LARGE else 1
+            _ENTRY.pack_into(out, PscHeader.SIZE + cur_entry * PscEntry.SIZE, word & ~_CUR_PAGE | done)
+            cur_entry += 1
     out[:2] = cur_entry.to_bytes(2, "little")
     return result, bytes(out)
 
 
-def _run_length(words: list[int], first: int, end: int) -> int:
-    """How many entries from `first` on are fresh 4 KiB pages in a row, of one operation and one region; at least 1."""
-    word = words[first]
-    if word & (_LARGE | _CUR_PAGE) or word >> _OPERATION_SHIFT & 0xF not in (PscOperation.PRIVATE, PscOperation.SHARED):
+def _alike(words: list[int], first: int, end: int) -> int:
+    """How many entries from `first` on are fresh pages of 4 KiB, all different and of one operation; at least 1."""
+    operation = words[first] & ~_GFN
+    if operation >> _OPERATION_SHIFT not in (PscOperation.PRIVATE, PscOperation.SHARED) or operation & _CUR_PAGE:
         return 1
-    end = min(end, first + (PAGE_2M_BYTES - (word & _GFN) % PAGE_2M_BYTES) // PAGE_BYTES)
-    count = 1
-    while first + count < end and words[first + count] == word + count * PAGE_BYTES:
-        count += 1
-    return count
+    seen: set[int] = set()
+    for word in words[first:end]:
+        if word & ~_GFN != operation or word in seen:
+            break
+        seen.add(word)
+    return len(seen)
 
 
 def _change(machine: Machine, vcpu: Vcpu, word: int) -> int:

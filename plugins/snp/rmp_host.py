@@ -9,13 +9,14 @@ Source: 24593, 15.36.5 and 15.36.11; Linux arch/x86/virt/svm/sev.c.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.events import Data, Fault, Faulted, Refused
-from sevlab.core.memory import TAG_ASP
+from sevlab.core.memory import TAG_ASP, Memory
 from sevlab.core.svm import Vector
-from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES, is_aligned
+from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES, PAGE_MASK, PAGE_SHIFT, is_aligned
 from sevlab.plugins.sme import sme_state
 from sevlab.plugins.snp.layout import (
     ASID,
@@ -30,13 +31,13 @@ from sevlab.plugins.snp.layout import (
 )
 from sevlab.plugins.snp.records import Psmash, RmpRead, RmpResult, RmpUpdate
 from sevlab.plugins.snp.rmp import (
+    BOOKKEEPING_BYTES,
     ENTRY_BYTES,
     PAGES_PER_2M,
     PAIR,
     Entry,
     count_asid,
     count_subpage,
-    entry_address,
     fill_region,
     read_entry,
     region_of,
@@ -82,11 +83,17 @@ def undefined_without_snp(machine: Machine) -> bool:
 
 def in_use(machine: Machine, spa: int, length_bytes: int) -> bool:
     """Whether the range holds the VMSA of a vCPU that is in its guest. Source: 24593, 15.36.12."""
+    return any(spa <= vmsa_spa < spa + length_bytes for vmsa_spa in running_save_areas(machine))
+
+
+def running_save_areas(machine: Machine) -> list[int]:
+    """SPAs of the VMSAs of vCPUs that are in their guest."""
+    areas = []
     for vcpu_id, snp in snp_state(machine).vcpus.items():
         vcpu = machine.vcpus.get(vcpu_id)
-        if vcpu is not None and not (vcpu.halted or vcpu.stopped) and spa <= snp.vmsa_spa < spa + length_bytes:
-            return True
-    return False
+        if vcpu is not None and not (vcpu.halted or vcpu.stopped):
+            areas.append(snp.vmsa_spa)
+    return areas
 
 
 class NewState(NamedTuple):
@@ -189,33 +196,44 @@ def _store(machine: Machine, spa: int, entry: Entry, new: NewState) -> None:
     count_subpage(machine, spa, (low & ASSIGNED) - (entry.low & ASSIGNED))
 
 
-def update_run(machine: Machine, spa: int, count: int, new: NewState) -> bool:
-    """RMPUPDATE of `count` pages of 4 KiB in a row, with rising GPAs, at once; False: nothing was done, do each.
+def update_pages(machine: Machine, spas: Sequence[int], new: Sequence[int]) -> bool:
+    """RMPUPDATE of many different pages of 4 KiB at once, each to its word of `new`; False: nothing was done.
 
-    Only for what needs no thought: pages of one region that all are the hypervisor's and become a guest's, or all are
-    one guest's and become the hypervisor's. The table is then as after one update for each.
+    Only for what needs no thought: pages outside of 2 MiB pages that all are the hypervisor's and become one guest's,
+    or all are one guest's and become the hypervisor's. The table is then as after one update for each, but an entry
+    costs one look and one store, and the counters are written once for a guest and a region.
     """
-    region, address = region_of(spa), entry_address(machine, spa)
-    last = spa + (count - 1) * PAGE_BYTES
-    head = read_entry(machine, region)
-    if head is None or address is None or region_of(last) != region or entry_address(machine, last) is None:
+    memory, base, end = machine.memory, snp_state(machine).rmp_base, snp_state(machine).rmp_end
+    if type(memory) is not Memory or not base or not set(spas).isdisjoint(running_save_areas(machine)):
         return False
-    if (head.low & ASSIGNED and head.huge) or in_use(machine, spa, count * PAGE_BYTES):
+    asid = (new[0] & ASID) >> ASID_SHIFT
+    wanted, owner, places, counts = 0 if asid else None, asid, [], dict[int, int]()
+    for spa in spas:
+        address = base + BOOKKEEPING_BYTES + (spa >> PAGE_SHIFT) * ENTRY_BYTES
+        page = memory.pages.get(address >> PAGE_SHIFT)
+        if address + ENTRY_BYTES - 1 > end or (page is not None and page.key is not None):
+            return False
+        low = 0 if page is None else PAIR.unpack_from(page.data, address & PAGE_MASK)[0]
+        if wanted is None:
+            wanted, owner = low & ASID | ASSIGNED, (low & ASID) >> ASID_SHIFT
+        if not owner or low & _SAME != wanted:
+            return False
+        places.append((address, low & SUBPAGE_COUNT))
+        region = spa & -PAGE_2M_BYTES
+        counts[region] = counts.get(region, 0) + (spa != region)
+    heads = [read_entry(machine, region) for region in counts]
+    if any(head is None or (head.low & ASSIGNED and head.huge) for head in heads):
         return False
-    before = list(PAIR.iter_unpack(machine.memory.read(address, count * ENTRY_BYTES, None)))
-    owner = 0 if new.low & ASSIGNED else before[0][0] & ASID
-    same = ASSIGNED | IMMUTABLE | ASID
-    wanted = 0 if new.low & ASSIGNED else ASSIGNED | owner
-    if not (owner or new.asid) or any(low & same != wanted for low, _ in before):
-        return False
-    step, high = (PAGE_BYTES, PERM_ALL) if new.low & ASSIGNED else (0, 0)
-    words = (PAIR.pack(new.low + number * step | low & SUBPAGE_COUNT, high) for number, (low, _) in enumerate(before))
-    machine.memory.write(address, b"".join(words), None, TAG_ASP)
-    count_asid(machine, new.asid or owner >> ASID_SHIFT, count if new.asid else -count)
-    counted = count - (spa == region)
-    if counted:
-        count_subpage(machine, region + PAGE_BYTES, counted if new.asid else -counted)
+    high = PERM_ALL if asid else 0
+    for (address, kept), low in zip(places, new, strict=True):
+        memory.write(address, PAIR.pack(low | kept, high), None, TAG_ASP)
+    count_asid(machine, owner, len(places) if asid else -len(places))
+    for region, count in counts.items():
+        count_subpage(machine, region + PAGE_BYTES, count if asid else -count)
     return True
+
+
+_SAME = ASSIGNED | PAGE_SIZE | IMMUTABLE | ASID
 
 
 def psmash(machine: Machine, spa: int) -> int:

@@ -64,7 +64,7 @@ def register(builder: PluginBuilder) -> None:
     svsm.register(builder)
     check = RmpCheck()
     builder.at_boot(check.attach)
-    builder.slot("access_check", check)
+    builder.slot("access_check", check.check)
     builder.steps.add(records.RmpUpdate, rmp_host.rmpupdate_step)
     builder.steps.add(records.Psmash, rmp_host.psmash_step)
     builder.steps.add(records.RmpRead, rmp_host.rmpread_step)

@@ -146,14 +146,22 @@ def test_any_structure_is_answered(shared, structure):
 
 
 RUNS = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(1, 8), st.sampled_from((1, 2, 3)), st.booleans()), min_size=1, max_size=5
+    st.tuples(
+        st.integers(0, 5),
+        st.integers(1, 8),
+        st.sampled_from((0, 1, 3, 130, 511)),
+        st.sampled_from((1, 2, 3)),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=5,
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(first=RUNS, second=RUNS, frozen=st.integers(0, 12))
-def test_pages_in_a_row_end_as_if_each_was_alone(shared, first, second, frozen):
-    """The quick way of a run leaves the table, its counters and the structure as the slow one does."""
+def test_many_pages_end_as_if_each_was_alone(shared, first, second, frozen):
+    """Pages in a row, apart, repeated or beyond memory: table, counters and structure are as after one for each."""
     ends = []
     for quick in (True, False):
         shared.reset()
@@ -163,15 +171,18 @@ def test_pages_in_a_row_end_as_if_each_was_alone(shared, first, second, frozen):
         answers = []
         with pytest.MonkeyPatch.context() as patch:
             if not quick:
-                patch.setattr(psc, "change_run", lambda *_arguments, **_keywords: False)
+                patch.setattr(psc, "change_pages_at_once", lambda *_arguments, **_keywords: False)
             for runs in (first, second):
                 entries = []
-                for start, length, operation, large in runs:
+                for start, length, stride, operation, large in runs:
                     gfn = BASE if large else BASE + 506 + start
-                    entries += [PscEntryValue(gfn + n * (512 if large else 1), operation, large) for n in range(length)]
+                    entries += [
+                        PscEntryValue(gfn + n * (512 if large else stride), operation, large) for n in range(length)
+                    ]
                 answers.append(request(shared, build_psc(tuple(entries))))
         table = snp_state(shared).rmp_base
-        ends.append((answers, shared.memory.read(table, 0x4000 + 16 * 0x4000, None)))
+        length = 0x4000 + 16 * 0x4000
+        ends.append((answers, shared.memory.read(table, length, None), shared.memory.tags(table, length)))
     assert ends[0] == ends[1]
 
 

@@ -222,3 +222,33 @@ def test_nothing_is_checked_before_snpen():
     machine = make_machine("snp", guests=1)
     snp_state(machine).vcpus.clear()
     assert fault(machine, GPA, PRIVATE | WRITE) is None
+
+
+def test_the_short_way_compares_whole_address_and_asid(machine):
+    """Neither a page offset nor an ASID that does not fit an entry makes another page or owner look right."""
+    own(machine)
+    for offset in (0, 1, 2, 4, 7, 0xFFF):
+        assert fault(machine, GPA + offset, PRIVATE) is None
+    machine.access.forget()
+    spa = spa_of(machine, GPA)
+    check, vcpu = machine.slots.access_check, machine.vcpus[0]
+    for gpa in (GPA ^ 0x1000, GPA ^ 1 << 12, GPA ^ 1 << 51, GPA ^ 1 << 52):
+        assert check(vcpu, spa, gpa, int(PRIVATE)) is not None, hex(gpa)
+    for asid in (0, 2, 1 + (1 << 10), 1 + (1 << 31)):
+        vcpu.vmcb.guest_asid = asid
+        assert check(vcpu, spa, GPA, int(PRIVATE)) is not None, asid
+
+
+def test_a_change_of_the_table_counts_at_the_next_access(machine):
+    """Whoever writes to the table, and however: nothing of it is kept."""
+    own(machine)
+    assert fault(machine, GPA, PRIVATE) is None
+    entry = snp_state(machine).rmp_base + 0x4000 + (spa_of(machine, GPA) >> 12) * 16
+    before = machine.memory.read(entry, 16, None)
+    for place, bit in ((0, 1), (0, 4), (1, 0x10), (7, 0x40), (8, 1)):
+        changed = bytearray(before)
+        changed[place] ^= bit
+        machine.memory.write(entry, bytes(changed), None, 2)
+        assert fault(machine, GPA, PRIVATE) is not None, (place, bit)
+        machine.memory.write(entry, before, None, 2)
+        assert fault(machine, GPA, PRIVATE) is None
