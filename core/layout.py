@@ -21,6 +21,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import EnumMeta
+from operator import itemgetter
 from typing import Any, ClassVar, Self, TypeAlias, cast
 
 from sevlab.core.buffers import UINT, Buffer
@@ -51,6 +52,12 @@ FieldValue: TypeAlias = int | bytes | Sequence[int]
 
 VALID_BITMAP_BYTES = 16
 
+Packer: TypeAlias = tuple[Any, Any, bytes]
+"""How `build` makes certain fields at once: a struct's pack (None: field by field), the getter of its arguments from
+the fields by name, in the order of their offsets, and the bitmap that marks the fields valid, which has the name ""."""
+PACKERS_MAX = 256
+"""Sets of fields that a layout remembers how to build."""
+
 
 class _NoDict(type):
     """Gives every layout `__slots__ = ()`: a misspelt field on a window is an AttributeError, not a lost write."""
@@ -75,6 +82,7 @@ class Layout(metaclass=_NoDict):
     _snapshot_class: ClassVar[type]
     _decode: ClassVar[Any]
     _writers: ClassVar[dict[str, tuple[Any, int, int, int]]] = {}
+    _packers: ClassVar[dict[tuple[str, ...], Packer]] = {}
 
     def __init_subclass__(cls, *, size: int | None = None, valid_bitmap: int | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
@@ -92,6 +100,7 @@ class Layout(metaclass=_NoDict):
         cls.VALID_BITMAP = valid_bitmap
         cls.FIELDS = {info.name: info for info in infos}
         _check(cls, infos)
+        cls._packers = {}
         cls._writers = {info.name: _writer(cls, info) for info in infos}
         cls._decode, cls._snapshot_class = make_snapshot(cls, infos)
 
@@ -181,6 +190,18 @@ class Layout(metaclass=_NoDict):
 
         Raises `LayoutError` for an unknown field or a value that does not fit.
         """
+        names = tuple(fields)
+        known = cls._packers.get(names)
+        if known is None:
+            known = _packer(cls, names)
+            if len(cls._packers) < PACKERS_MAX:
+                cls._packers[names] = known
+        pack, values, bitmap = known
+        if pack is not None:
+            try:
+                return pack(*values({**fields, "": bitmap}))  # type: ignore[no-any-return]
+            except struct.error:
+                pass  # field by field: that says which value does not fit
         return bytes(_write(cls, bytearray(cls.SIZE), fields))
 
     @classmethod
@@ -268,6 +289,29 @@ def _encode(cls: type[Layout], info: FieldInfo, value: Any) -> bytes:
     if info.kind is Kind.BITS:
         return b""
     return value.to_bytes(info.width_bytes, "big" if info.big_endian else "little")
+
+
+def _packer(cls: type[Layout], names: tuple[str, ...]) -> Packer:
+    """How to build a structure of these fields: at once when they are plain little-endian numbers, two or more."""
+    infos = [cls.FIELDS.get(name) for name in names]
+    places, bits_set = [], 0
+    for info in infos:
+        if info is None or info.kind is not Kind.UINT or info.big_endian:
+            return None, None, b""
+        places.append((info.offset, info.width_bytes, "xBHxIxxxQ"[info.width_bytes], info.name))
+        if info.valid_bit:
+            bits_set |= 1 << info.offset // VALID_BIT_SPAN_BYTES
+    if bits_set and cls.VALID_BITMAP is not None:
+        places.append((cls.VALID_BITMAP, VALID_BITMAP_BYTES, f"{VALID_BITMAP_BYTES}s", ""))
+    if len(places) < 2:
+        return None, None, b""
+    pattern, position = "<", 0
+    for offset, width_bytes, letter, _ in sorted(places):
+        pattern += f"{offset - position}x{letter}"
+        position = offset + width_bytes
+    order = [name for *_, name in sorted(places)]
+    pack = struct.Struct(f"{pattern}{cls.SIZE - position}x").pack
+    return pack, itemgetter(*order), bits_set.to_bytes(VALID_BITMAP_BYTES, "little")
 
 
 def _write(cls: type[Layout], data: bytearray, fields: Mapping[str, Any]) -> bytearray:

@@ -39,8 +39,8 @@ def make_snapshot(
         pattern += f"{info.width_bytes}s" if info.kind is Kind.BYTES else "xBHxIxxxQ"[info.width_bytes]
         items[offset, info.width_bytes] = f"w{offset}"
         position = offset + info.width_bytes
-    lines = ["def decode(data, version=None):", "    item = new(snapshot_class)", "    put(item, '_raw', data)"]
-    lines.append("    put(item, 'version', version)")
+    lines = ["def decode(data, version=None):", "    item = new(open_class)", "    item._raw = data"]
+    lines.append("    item.version = version")
     if items:
         lines.append(f"    {', '.join(items.values())}, = unpack(data, 0)")
     if cls.VALID_BITMAP is not None and any(info.valid_bit and info.name not in checked for info in infos):
@@ -53,35 +53,36 @@ def make_snapshot(
             value = f"({source} >> {info.low_bit}) & {info.maximum:#x}"
         else:
             value = source
-        store = f"put_{info.name}(item, {value})"
+        store = f"item.{info.name} = {value}"
         if info.since is not None:
-            store = f"put_{info.name}(item, {value} if version is None or version >= {info.since} else None)"
+            store = f"item.{info.name} = {value} if version is None or version >= {info.since} else None"
         if info.valid_bit and info.name not in checked:
             lines.append(f"    if valid >> {info.offset // VALID_BIT_SPAN_BYTES} & 1: {store}")
             if info.name in or_zero:
-                lines.append(f"    else: put_{info.name}(item, 0)")
+                lines.append(f"    else: item.{info.name} = 0")
         else:
             lines.append(f"    {store}")
-    lines.append("    return item")
+    lines += ["    item.__class__ = snapshot_class", "    return item"]
 
     chosen = {info.name: info for info in infos}
-    body: dict[str, Any] = {"__slots__": ("_raw", "version", *chosen), "_is_snapshot": True, "FIELDS": chosen}
+    # Values go in while the object still has a class that takes plain assignments; the class it ends with forbids them.
+    fields = {"__slots__": ("_raw", "version", *chosen), "_is_snapshot": True, "__module__": cls.__module__}
+    open_class: Any = type(cls.__name__, (cls,), fields)
+    body: dict[str, Any] = {"__slots__": (), "_is_snapshot": True, "FIELDS": chosen}
     body |= {name: property(_undeclared(cls, name)) for name in cls.FIELDS if name not in chosen}
     body |= {"__setattr__": _immutable, "__delattr__": _immutable, "__getattr__": _unset, "__repr__": _repr}
     body |= {"__eq__": _equal, "__hash__": _hash, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     body |= {"raw": _raw, "is_valid": _snapshot_is_valid, "value_or_zero": _snapshot_value_or_zero}
-    snapshot_class: Any = type(cls.__name__, (cls,), body)
+    snapshot_class: Any = type(cls.__name__, (open_class,), body)
     snapshot_class._layout = cls
     scope: dict[str, Any] = {
+        "open_class": open_class,
         "snapshot_class": snapshot_class,
         "new": object.__new__,
-        "put": object.__setattr__,
         "unpack": Struct(pattern).unpack_from,
         "infos": chosen,
         "whole": _decode_alone,
     }
-    # A slot's own __set__ is four times faster than object.__setattr__, and the class forbids plain assignment.
-    scope |= {f"put_{name}": vars(snapshot_class)[name].__set__ for name in chosen}
     exec("\n".join(lines), scope)  # noqa: S102  # made of declared names and numbers only
     return staticmethod(scope["decode"]), snapshot_class
 
