@@ -53,7 +53,7 @@ def pending(machine: Machine, board: Devices, vcpu: Vcpu) -> bool:
     direct = machine.slots.direct_interrupt
     if direct is not None and direct(machine, vcpu) is not None:
         return True
-    return board.lapics[vcpu.vcpu_id].pending() is not None or (pic_reaches(board, vcpu) and board.pics.pending())
+    return board.lapics[vcpu.vcpu_id].pending() is not None or (board.pics.pending() and pic_reaches(board, vcpu))
 
 
 def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
@@ -71,7 +71,11 @@ def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
     apic = board.lapics[vcpu.vcpu_id]
     if apic.nmi_pending and _inject_nmi(vcpu, apic):
         return
-    if not pending(machine, board, vcpu):
+    pic = board.pics.master
+    if not apic.irr and not pic.irr & ~pic.imr and machine.slots.direct_interrupt is None:
+        if vmcb.vintr & V_IRQ:
+            close_window(vcpu)  # nobody asks: what nearly every entry finds
+    elif not pending(machine, board, vcpu):
         close_window(vcpu)
     elif can_take(vcpu):
         close_window(vcpu)

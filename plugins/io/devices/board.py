@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from sevlab.core.builder import MmioWindow, Port
 from sevlab.core.state import StateDict, Stateful, new
@@ -59,16 +59,20 @@ class Devices(Stateful):
         )
 
     def tick(self, machine: Machine) -> None:
-        """Let what is due happen."""
+        """Let what is due happen; every entry into a guest asks, so a timer that is not armed is not called."""
         tsc = machine.tsc()
-        if self.pit.due(tsc):
+        if self.pit.channel_0.loaded and self.pit.due(tsc):
             self.set_irq(machine, pit.PIT_IRQ, level=False)
             self.set_irq(machine, pit.PIT_IRQ, level=True)
-        if self.rtc.tick(tsc) != self.rtc_line:
+        clock = self.rtc
+        if clock.seen != tsc:
+            clock.tick(tsc)
+        if bool(clock.status_c & rtc.C_IRQ) != self.rtc_line:
             self.rtc_line = not self.rtc_line
             self.set_irq(machine, rtc.RTC_IRQ, level=self.rtc_line)
         for apic in self.lapics.values():
-            apic.tick(tsc)
+            if apic.initial or apic.deadline:
+                apic.tick(tsc)
 
     def next_event(self, tsc: int) -> int | None:
         """The TSC at which the next timer interrupts; None: time alone changes nothing.
@@ -87,7 +91,7 @@ class IoState(Stateful):
 
 def devices(machine: Machine, vcpu: Vcpu) -> Devices:
     """The devices of the VM that `vcpu` belongs to; made when a VM is new."""
-    vms = cast("IoState", machine.components["io"]).vms
+    vms: StateDict[int, Devices] = machine.components["io"].vms  # type: ignore[union-attr]  # asked at every entry
     found = vms.get(vcpu.vm_id)
     if found is None:
         found = vms[vcpu.vm_id] = new_devices(machine.vm_of(vcpu))
