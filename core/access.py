@@ -86,6 +86,10 @@ _WALK_WRITE, _WALK_FETCH, _WALK_USER, _WALK_AC = (
     int(bit) for bit in (WalkAccess.WRITE, WalkAccess.FETCH, WalkAccess.USER, WalkAccess.AC)
 )
 
+_READ = 0
+_record = tuple.__new__
+"""Makes a NamedTuple from its values without the keyword machinery."""
+
 GPA_NONE = -1
 """The `gpa` of a host access."""
 
@@ -193,7 +197,8 @@ class Access:
         vmcb = vcpu.vmcb
         if not vmcb.encryption_control & CONTROL_NESTED_PAGING:
             return NestedTranslation(gpa, PAGE_BYTES, writable=True, no_execute=False, host_c_bit=False)
-        kind = int(kind)
+        if type(kind) is not int:
+            kind = int(kind)
         page = (vmcb.nested_cr3, gpa & -PAGE_BYTES)
         known = self._nested.get(page)
         if known is not None and (known.writable or not kind & _WRITE) and not (known.no_execute and kind & _FETCH):
@@ -221,15 +226,20 @@ class Access:
         `kind` has `PRIVATE` set when the guest's effective C-bit is 1; then the guest's key wins whatever the nested
         C-bit says; a nested C-bit alone selects the host's key. Source: spec 24593, 15.34.2.
         """
-        nested = self.nested(vcpu, gpa, kind, phase)
-        spa = nested.spa + (gpa & PAGE_MASK)
-        if nested.page_bytes > PAGE_BYTES:
+        if type(kind) is not int:
+            kind = int(kind)
+        page_spa, page_bytes, _, _, host_c_bit = self.nested(vcpu, gpa, kind, phase)
+        spa = page_spa + (gpa & PAGE_MASK)
+        if page_bytes > PAGE_BYTES:
             kind |= _LARGE
         if self._check is not None:
-            self.check(vcpu, spa, gpa, kind)
+            fault = self._check(vcpu, spa, gpa, kind)
+            if fault is not None:
+                raise FaultUnwind(fault)
         if kind & _PRIVATE:
             return Place(spa, self.key_of(vcpu.asid, c_bit=True), vcpu.tag)
-        return Place(spa, self.key_of(HOST_ASID, c_bit=True) if nested.host_c_bit else None, TAG_PUBLIC)
+        key = self.key_of(HOST_ASID, c_bit=True) if host_c_bit else None
+        return _record(Place, (spa, key, TAG_PUBLIC))
 
     def guest_linear(self, vcpu: Vcpu, gva: int, kind: int) -> tuple[int, Place]:
         """(gpa, place) of linear address `gva`: guest page tables, then nested ones, then key and check.
@@ -338,7 +348,7 @@ class Access:
     def translate_gpa(self, vcpu: Vcpu, gpa: int) -> int | None:
         """SPA behind guest-physical `gpa` as the hypervisor finds it in its own tables; None where nothing is."""
         try:
-            return self.nested(vcpu, gpa, AccessKind.READ, 0).spa + (gpa & PAGE_MASK)
+            return self.nested(vcpu, gpa, _READ, 0).spa + (gpa & PAGE_MASK)
         except FaultUnwind:
             return None
 

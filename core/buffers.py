@@ -222,6 +222,11 @@ class SharedBuffer:
         fetches.count += 1
         if fetches.watched:
             fetches.notice(self.spa + offset, length_bytes)
+        if self._one_page:
+            page = self._memory.pages.get(self._pfn)
+            if page is not None and page.key is self.key:
+                start = self._offset + offset
+                return bytes(page.data if length_bytes == PAGE_BYTES else page.data[start : start + length_bytes])
         return self._memory.read(self.spa + offset, length_bytes, self.key)
 
     def read_uint(self, offset: int, width_bytes: int) -> int:
@@ -260,10 +265,11 @@ class SharedBuffer:
         content, tags, tag = page.data, page.tags, self.tag
         if tags is None and page.tag != tag:
             tags = page.tags = bytearray(_uniform(page.tag))
-        own = _uniform(tag)
+        own, size = _uniform(tag), self.size
         for place, data in pieces:
-            if place.start < 0 or place.stop > self.size or place.stop - place.start != len(data):
-                raise _overrun("shared write", place.start, len(data), self.size)
+            start, stop = place.start, place.stop
+            if start < 0 or stop > size or stop - start != len(data):
+                raise _overrun("shared write", start, len(data), size)
             content[place] = data
             if tags is not None:
                 tags[place] = own[place]

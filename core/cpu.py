@@ -273,15 +273,16 @@ def leave_guest(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     if vcpu.stopped:
         machine.emit(Refused(f"vCPU {vcpu.vcpu_id} has stopped"))
         return
-    if not intercepted(machine, vcpu, exit_.exit_code, exit_.exit_info_1):
+    if exit_.exit_code < ALWAYS_EXITS and not intercepted(machine, vcpu, exit_.exit_code, exit_.exit_info_1):
         native = machine.tables.native.get(exit_.exit_code)
         if native is None:
             machine.emit(NotIntercepted(exit_.vcpu, exit_.exit_code))
         else:
             native(machine, vcpu, exit_)
         return
-    if machine.slots.vmrun_exit is not None:
-        visible = machine.slots.vmrun_exit(machine, vcpu, exit_)
+    to_hypervisor = machine.slots.vmrun_exit
+    if to_hypervisor is not None:
+        visible = to_hypervisor(machine, vcpu, exit_)
         if visible is None:
             return
         exit_ = visible
@@ -292,11 +293,8 @@ def leave_guest(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
 def vmexit(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     """#VMEXIT: the VMCB tells the hypervisor what happened. Source: spec 24593, 15.6."""
     vmcb = vcpu.vmcb
-    vmcb.exit_code = exit_.exit_code
-    vmcb.exit_info_1 = exit_.exit_info_1
-    vmcb.exit_info_2 = exit_.exit_info_2
-    vmcb.next_rip = exit_.next_rip
-    vmcb.insn_bytes = exit_.insn[:INSN_BYTES_MAX]
+    _, vmcb.exit_code, vmcb.exit_info_1, vmcb.exit_info_2, insn, vmcb.next_rip = exit_
+    vmcb.insn_bytes = insn[:INSN_BYTES_MAX]
     machine.emit(_record(VmExit, exit_[:4]))
 
 
@@ -348,8 +346,9 @@ def vmrun(machine: Machine, vcpu: Vcpu) -> bool:
     """
     vmcb = vcpu.vmcb
     failure: int | None = ExitCode.INVALID if illegal_state(vcpu) else None
-    if failure is None and machine.slots.vmrun_enter is not None:
-        failure = machine.slots.vmrun_enter(machine, vcpu)
+    check = machine.slots.vmrun_enter
+    if failure is None and check is not None:
+        failure = check(machine, vcpu)
     if failure is not None:
         vmexit(machine, vcpu, CpuExit(vcpu.vcpu_id, failure, 0, 0, b"", 0))
         return False

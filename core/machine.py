@@ -31,6 +31,9 @@ from sevlab.core.vocabulary import Outcome, Record, Vocabulary, spec_of
 INDEXED_LEAVES = frozenset((4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x8000_001D, 0x8000_0020, 0x8000_0026))
 """CPUID leaves that look at ECX; all others answer whatever it holds. Source: spec 24594, E.3 and E.4."""
 
+_record = tuple.__new__
+"""Makes an outcome without the keyword machinery, at every step."""
+
 KERNEL = "core"
 """The name under which the kernel itself registers."""
 
@@ -122,7 +125,7 @@ class Machine:
                 records.clear()
                 raise
             sink.violation(violation, step)
-        outcome = Outcome(tuple(records))
+        outcome = _record(Outcome, (tuple(records),))
         records.clear()
         if sink is not None:
             sink.step_end(self, step, outcome)
@@ -172,7 +175,8 @@ class Machine:
 
     def tsc(self) -> int:
         """The time-stamp counter: the slot `clock`, else the virtual clock; 64 bits."""
-        return self.slots.clock(self) if self.slots.clock is not None else self.clock.tsc
+        clock = self.slots.clock
+        return self.clock.tsc if clock is None else clock(self)
 
     def cpuid(self, vcpu: Vcpu | None, leaf: int, subleaf: int) -> Registers4:
         """EAX, EBX, ECX, EDX for the host (`vcpu` None) or as the hypervisor answers a guest; unknown leaves are 0."""

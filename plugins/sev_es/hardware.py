@@ -39,6 +39,9 @@ GUEST_IF = 1 << 1
 CPUID_ENCRYPTION, CPUID_SEV_ES = 0x8000_001F, 1 << 3
 SEV_ES_ACTIVE = 1 << 1
 VMGEXIT_BYTES = b"\xf3\x0f\x01\xd9"
+VMGEXIT = int(ExitCode.VMGEXIT)
+_exit = tuple.__new__
+"""Makes an exit from its values without the keyword machinery."""
 WRITE = 1
 ALL_ON = CONTROL_NESTED_PAGING | CONTROL_SEV | CONTROL_SEV_ES
 
@@ -72,12 +75,12 @@ class Exits:
         if vmcb.interrupt_state & GUEST_IF != interrupts:
             vmcb.interrupt_state = vmcb.interrupt_state & ~GUEST_IF | interrupts
         code = exit_.exit_code
-        if code == ExitCode.VMGEXIT:
+        if code == VMGEXIT:
             return exit_
         if exit_class(code, exit_.exit_info_1) is ExitClass.AE:
             if code in (ExitCode.HLT, ExitCode.PAUSE):
                 vcpu.regs.rip = exit_.next_rip or vcpu.regs.rip + len(exit_.insn) & MASK64
-            return exit_._replace(insn=b"", next_rip=0)
+            return _exit(CpuExit, (*exit_[:4], b"", 0))
         machine.emit(VcDelivered(vcpu.vcpu_id, code & 0xFFFF_FFFF))
         if self.handle_vc is not None:
             self.handle_vc(machine, vcpu, exit_)
@@ -174,30 +177,27 @@ def execute_vmgexit(machine: Machine, vcpu: Vcpu, ghcb_msr: int) -> None:
         leave_guest(machine, vcpu, CpuExit(vcpu.vcpu_id, ExitCode.VMMCALL, 0, 0, VMGEXIT_BYTES, 0))
         return
     vcpu.vmcb.ghcb_gpa = ghcb_msr
-    leave_guest(machine, vcpu, CpuExit(vcpu.vcpu_id, _VMGEXIT, 0, 0, b"", 0))
-
-
-_VMGEXIT = int(ExitCode.VMGEXIT)
+    leave_guest(machine, vcpu, _exit(CpuExit, (vcpu.vcpu_id, VMGEXIT, 0, 0, b"", 0)))
 
 
 def vmgexit_step(machine: Machine, step: Vmgexit) -> None:
     """A guest's VMGEXIT as a step: store the page, if there is one, and exit."""
-    vcpu = machine.vcpus.get(step.vcpu)
+    number, ghcb_msr, page = step
+    vcpu = machine.vcpus.get(number)
     if vcpu is None:
-        machine.emit(Refused(f"there is no vCPU {step.vcpu}"))
+        machine.emit(Refused(f"there is no vCPU {number}"))
         return
     if vcpu.halted or vcpu.stopped:
-        machine.emit(Refused(f"vCPU {step.vcpu} {'waits' if vcpu.halted else 'has stopped'}"))
+        machine.emit(Refused(f"vCPU {number} {'waits' if vcpu.halted else 'has stopped'}"))
         return
-    page = step.page
     if len(page) > PAGE_BYTES:
         machine.emit(Refused(f"a GHCB of {len(page)} bytes: expected at most {PAGE_BYTES}"))
         return
     try:
-        if page and not step.ghcb_msr & INFO_MASK:
-            place = machine.access.guest_physical(vcpu, step.ghcb_msr, WRITE)
-            machine.memory.write(place.spa, page, place.key, place.tag)
-        execute_vmgexit(machine, vcpu, step.ghcb_msr)
+        if page and not ghcb_msr & INFO_MASK:
+            spa, key, tag = machine.access.guest_physical(vcpu, ghcb_msr, WRITE)
+            machine.memory.write(spa, page, key, tag)
+        execute_vmgexit(machine, vcpu, ghcb_msr)
     except FaultUnwind as unwind:
         fault = unwind.fault
         if fault.vector == ExitCode.NPF:

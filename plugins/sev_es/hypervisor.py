@@ -47,8 +47,11 @@ ALWAYS_MASK = valid_mask(*ALWAYS)
 # The words that the checks look at before the event is known, at the offsets that the layout declares.
 _AT = {name: info.offset for name, info in Ghcb.FIELDS.items()}
 _U64, _U64_PAIR, _U64_THREE = Struct("<Q"), Struct("<2Q"), Struct("<3Q")
-_VERSION_AND_USAGE = Struct("<HI")
-CODE_AT, TAIL_AT = _AT["sw_exit_code"], _AT["protocol_version"]
+CODE_AT = _AT["sw_exit_code"]
+_HEAD = Struct(
+    f"<Q{_AT['valid_bitmap'] - CODE_AT - 8}x16s{_AT['protocol_version'] - _AT['valid_bitmap'] - 16}xHI"
+).unpack_from
+"""The exit code, the bitmap, the protocol version and the usage."""
 INFOS = slice(_AT["sw_exit_info_1"], _AT["sw_exit_info_2"] + 8)
 BITMAP = slice(_AT["valid_bitmap"], _AT["valid_bitmap"] + 16)
 RAX, RCX, RDX, RBX = (slice(_AT[name], _AT[name] + 8) for name in ("rax", "rcx", "rdx", "rbx"))
@@ -133,7 +136,17 @@ def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, r
 class Dispatcher:
     """Both protocols of one machine; the policy switches are fixed when it is composed."""
 
-    __slots__ = ("_events", "_hyperv", "_newest", "_order", "_reply_all", "_requests", "_version_max", "_vms")
+    __slots__ = (
+        "_events",
+        "_hyperv",
+        "_newest",
+        "_order",
+        "_reply_all",
+        "_requests",
+        "_version_max",
+        "_vms",
+        "_window",
+    )
 
     def __init__(self, builder: PluginBuilder) -> None:
         self._newest = builder.options["checks"] == "kvm-2026"
@@ -144,6 +157,8 @@ class Dispatcher:
         self._events: dict[int, Compiled] = {}
         self._requests: dict[int, MsrRequest] = {}
         self._vms: StateDict[int, VmProtocol] = StateDict()
+        self._window: SharedBuffer | None = None
+        """On the GHCB of the last request: most come through the same page."""
 
     def compile(self, machine: Machine) -> None:
         """Turn the frozen tables into what the dispatch uses."""
@@ -180,7 +195,7 @@ class Dispatcher:
         if value is None:
             return
         vcpu.vmcb.ghcb_gpa = value
-        machine.emit(MsrReply(vcpu.vcpu_id, msr, value))
+        machine.emit(_record(MsrReply, (vcpu.vcpu_id, msr, value)))
 
     # Page protocol ----------------------------------------------------------------------------------------------
 
@@ -194,7 +209,9 @@ class Dispatcher:
             reason = "the GHCB page cannot be mapped" if ghcb_gpa else "the GHCB GPA is not set"
             machine.emit(VmgexitIgnored(vcpu.vcpu_id, reason))
             return
-        window = SharedBuffer(machine.fetches, spa & ~PAGE_MASK, PAGE_BYTES, None, TAG_HYPERVISOR)
+        window = self._window
+        if window is None or window.spa != spa:
+            window = self._window = SharedBuffer(machine.fetches, spa & ~PAGE_MASK, PAGE_BYTES, None, TAG_HYPERVISOR)
         vm = self._vms.get(vcpu.vm_id)
         snp = vm.snp if vm is not None else vm_protocol(machine, vcpu).snp
         if snp and vcpu_protocol(machine, vcpu).registered_gpa != ghcb_gpa:
@@ -204,9 +221,8 @@ class Dispatcher:
                 machine.hypervisor.stop(machine, vcpu.vm_id, "VMGEXIT with a GHCB that is not registered")
             return
         page = window.read(0, PAGE_BYTES)
-        code: int = _U64.unpack_from(page, CODE_AT)[0]
-        valid = int.from_bytes(page[BITMAP], "little")
-        version, usage = _VERSION_AND_USAGE.unpack_from(page, TAIL_AT)
+        code, bitmap, version, usage = _HEAD(page, CODE_AT)
+        valid = int.from_bytes(bitmap, "little")
         if usage and self._hyperv and usage == Usage.HYPERV_HYPERCALL:
             hypercall(machine, vcpu, window, page)
             return

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
+_CPUID_RESPONSE = int(MsrInfo.CPUID_RESPONSE)
+
 SECTION = "56421, 2.3; Linux arch/x86/kvm/svm/sev.c (sev_handle_vmgexit_msr_protocol)"
 
 
@@ -48,7 +50,7 @@ def cpuid(machine: Machine, vcpu: Vcpu, value: int) -> int:
     """CPUID: one register of a leaf, subleaf 0. Source: 56421, 2.3."""
     registers = machine.cpuid(vcpu, value >> 32, 0)
     register = value >> 30 & 3
-    return registers[register] << 32 | register << 30 | MsrInfo.CPUID_RESPONSE.value
+    return registers[register] << 32 | register << 30 | _CPUID_RESPONSE
 
 
 def ap_reset_hold(machine: Machine, vcpu: Vcpu, value: int) -> int:

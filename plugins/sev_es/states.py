@@ -96,7 +96,7 @@ def sev_es_state(machine: Machine) -> SevEsState:
 
 def vm_protocol(machine: Machine, vcpu: Vcpu) -> VmProtocol:
     """What the hypervisor keeps for the VM of `vcpu`."""
-    vms = sev_es_state(machine).vms
+    vms: StateDict[int, VmProtocol] = machine.components["sev_es"].vms  # type: ignore[union-attr]  # asked at every exit
     found = vms.get(vcpu.vm_id)
     if found is None:
         found = vms[vcpu.vm_id] = VmProtocol()
