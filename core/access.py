@@ -136,12 +136,15 @@ class Access:
         self._key_of = machine.slots.key_of
         self._host_c_bit = 1 << machine.config.part.c_bit
         self._nested: dict[tuple[int, int], NestedTranslation] = {}
+        self.changes = 0
+        """How often nested tables changed: who keeps a translation of its own compares."""
         self._tables: dict[int, NestedTables] = {}
         self.walker: Walker | None = None
         """Of the engine that executes a guest of this machine; asked first."""
 
     def forget(self) -> None:
         """Drop cached nested translations: after a change of nested tables, and at a reset."""
+        self.changes += 1
         self._nested.clear()
         self._tables.clear()
         if self.walker is not None:
@@ -347,6 +350,10 @@ class Access:
 
     def translate_gpa(self, vcpu: Vcpu, gpa: int) -> int | None:
         """SPA behind guest-physical `gpa` as the hypervisor finds it in its own tables; None where nothing is."""
+        vmcb = vcpu.vmcb
+        known = self._nested.get((vmcb.nested_cr3, gpa & -PAGE_BYTES))
+        if known is not None and vmcb.encryption_control & CONTROL_NESTED_PAGING:
+            return known.spa + (gpa & PAGE_MASK)
         try:
             return self.nested(vcpu, gpa, _READ, 0).spa + (gpa & PAGE_MASK)
         except FaultUnwind:

@@ -61,6 +61,8 @@ class Call:
         "me",
         "narrow",
         "number",
+        "places",
+        "places_changes",
         "vcpu",
         "walked",
     )
@@ -91,6 +93,9 @@ class Call:
         self.in_multicall = False
         self.walked: dict[int, int] = {}
         """Pages walked to, with bit 0 for writing: their guest-physical addresses."""
+        self.places: dict[int, int] = {}
+        """Pages of buffers, with bit 0 for writing: their SPAs, as long as no nested table changes."""
+        self.places_changes = machine.access.changes
         self.continuation: tuple[int, tuple[int, ...]] | None = None
 
     # Continuations ------------------------------------------------------------------------------------------------
@@ -109,28 +114,18 @@ class Call:
         self.continuation = (number, args)
         return 0
 
-    def within_multicall(self, number: int) -> Call:
-        """An entry's call: it shares everything but number, arguments and continuation."""
-        sub = Call(
-            self.machine,
-            self.vcpu,
-            self.domain,
-            self.me,
-            self.frame,
-            self.abi,
-            self.narrow,
-            self.left,
-            self.debug_build,
-        )
-        sub.number = number
-        sub.in_multicall = True
-        sub.walked = self.walked
-        return sub
-
     # Buffers ------------------------------------------------------------------------------------------------------
 
     def _place(self, handle: int, *, write: bool) -> int | None:
         """SPA of the byte at `handle`, as Xen finds it; None where the copy fails."""
+        page = handle & -PAGE_BYTES | write
+        changes = self.machine.access.changes
+        if changes != self.places_changes:
+            self.places.clear()
+            self.places_changes = changes
+        known = self.places.get(page)
+        if known is not None:
+            return known + (handle & PAGE_MASK)
         if self.abi is not Abi.LEGACY:
             gpa = handle
         else:
@@ -141,6 +136,7 @@ class Call:
         spa = page_of(self.machine, self.domain, gpa >> PAGE_SHIFT)
         if spa is None or (write and not may_write(self.machine, spa)):
             return None
+        self.places[page] = spa
         return spa + (gpa & PAGE_MASK)
 
     def _walk(self, linear: int, *, write: bool) -> int | None:

@@ -6,8 +6,8 @@ Source: Xen xen/arch/x86/hvm/hypercall.c (hvm_hypercall), xen/arch/x86/include/a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import attrgetter
+from collections.abc import Callable, Sequence
+from operator import and_, attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.hypercall import CodeMode, HypercallEnd, HypercallFrame
@@ -35,12 +35,12 @@ POISON = 0xDEAD_BEEF_DEAD_F00D
 class HypercallEntry(NamedTuple):
     """The value of `builder.hypercalls`: one number's handler and how many arguments it takes.
 
-    `widths`: bits of each argument, as declared in C (0: an unsigned long).
+    `masks`: what each argument is cut to, as declared in C (all ones: an unsigned long).
     """
 
     name: str
     run: Callable[[Call], int]
-    widths: tuple[int, ...]
+    masks: tuple[int, ...]
     fast: bool = False
     """Whether FastABI describes it."""
     split: bool = False
@@ -51,26 +51,27 @@ class HypercallEntry(NamedTuple):
         if abi is Abi.FAST:
             return FAST_REGISTERS[1:2]
         if narrow:
-            return ARGUMENTS_32[: len(self.widths) + self.split]
-        return ARGUMENTS_64[: len(self.widths)]
+            return ARGUMENTS_32[: len(self.masks) + self.split]
+        return ARGUMENTS_64[: len(self.masks)]
 
-    def cut(self, values: tuple[int, ...], *, narrow: bool) -> tuple[int, ...]:
+    def cut(self, values: Sequence[int], *, narrow: bool) -> tuple[int, ...]:
         """Arguments from what the registers or a multicall entry hold, each cut to its declared width; those that
         FastABI keeps in other registers are 0.
         """
         if narrow and self.split:
             return (values[0] | values[1] << 32,)
-        widths = self.widths
-        if len(values) < len(widths):
-            values += (0,) * (len(widths) - len(values))
-        return tuple([value & (1 << bits) - 1 if bits else value for value, bits in zip(values, widths, strict=False)])
+        masks = self.masks
+        cut = tuple(map(and_, values, masks))  # as many as there are of both
+        return cut if len(cut) == len(masks) else cut + (0,) * (len(masks) - len(cut))
 
 
 class Compiled(NamedTuple):
     """How a number of one width is served: what `_compile` found out."""
 
-    entry: HypercallEntry
+    run: Callable[[Call], int]
     abi: Abi
+    abi_name: str
+    number: int
     flag: int
     names: tuple[str, ...]
     values_of: Callable[[Registers], tuple[int, ...]]
@@ -86,16 +87,17 @@ class Owner:
     def __call__(self, machine: Machine, vcpu: Vcpu, frame: HypercallFrame) -> HypercallEnd:
         """Serve one VMMCALL."""
         registers = frame.registers
-        if frame.missing("rax"):
+        given, mode = frame.given, frame.mode
+        if given is not None and "rax" not in given:
             return HypercallEnd.MISSING_INPUT
-        narrow = frame.mode is not CodeMode.BITS_64
+        narrow = mode is not CodeMode.BITS_64
         if narrow:
             for name in CLIPPED:
                 value = getattr(registers, name)
                 if value >> 32:
                     setattr(registers, name, value & MASK32)
         number = registers.rax
-        if frame.mode is not CodeMode.REAL and (frame.cpl or frame.mode is CodeMode.VM86):
+        if mode is not CodeMode.REAL and (frame.cpl or mode is CodeMode.VM86):
             return answer(frame, -Errno.EPERM, narrow=narrow)
         domain = domain_of(machine, vcpu)
         if domain is None:
@@ -107,24 +109,24 @@ class Owner:
             compiled = self._compile(machine, number, narrow=narrow)
             if compiled is None:
                 return _refuse(machine, vcpu, frame, number, narrow=narrow)
-        entry, abi, flag, names, values_of = compiled
-        if frame.given is not None and frame.missing(*names):
+        run, abi, abi_name, number, flag, names, values_of = compiled
+        if given is not None and not given.issuperset(names):
             return HypercallEnd.MISSING_INPUT
         settings = self._settings
         me = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id]
         call = Call(machine, vcpu, domain, me, frame, abi, narrow, settings.preempt_after, settings.debug_build)
-        call.number = number & ~flag
+        call.number = number
         call.args = values_of(registers)
-        result = entry.run(call)
+        result = run(call)
         if call.continuation is not None:
             resume(call, ARGUMENTS_32 if narrow else ARGUMENTS_64, flag)
-            machine.emit(Hypercalled(vcpu.vcpu_id, call.number, abi.value, 0, True))
+            machine.emit(Hypercalled(vcpu.vcpu_id, number, abi_name, 0, True))
             return HypercallEnd.PREEMPTED
         if settings.debug_build and abi is not Abi.FAST and result != -Errno.ENOSYS:
             for name in names:
                 setattr(registers, name, POISON & call.mask)
                 frame.written.add(name)
-        machine.emit(Hypercalled(vcpu.vcpu_id, call.number, abi.value, result & MASK64, False))
+        machine.emit(Hypercalled(vcpu.vcpu_id, number, abi_name, result & MASK64, False))
         return answer(frame, result, narrow=narrow)
 
     def _compile(self, machine: Machine, number: int, *, narrow: bool) -> Compiled | None:
@@ -135,7 +137,16 @@ class Owner:
             return None
         names = entry.names(abi, narrow=narrow)
         getter = attrgetter(*names, "rax")  # one name more, so that a single argument comes as a tuple too
-        compiled = Compiled(entry, abi, flag, names, lambda registers: entry.cut(getter(registers)[:-1], narrow=narrow))
+        cut, masks = entry.cut, entry.masks
+
+        def in_registers(registers: Registers) -> tuple[int, ...]:
+            return tuple(map(and_, getter(registers), masks))
+
+        def elsewhere(registers: Registers) -> tuple[int, ...]:
+            return cut(getter(registers)[:-1], narrow=narrow)
+
+        values_of = in_registers if len(names) == len(masks) else elsewhere
+        compiled = Compiled(entry.run, abi, abi.value, number & ~flag, flag, names, values_of)
         self._compiled[number, narrow] = compiled
         return compiled
 

@@ -1,7 +1,8 @@
 """Sub-operations as data: which structure an operation takes, what it writes back, which registers FastABI uses.
 
-An operation is a function of the call and its arguments, a namespace with the structure's fields; it returns 0 or
-more, or a negated `Errno`, and sets the fields that are outputs. Where the arguments come from is the ABI's business.
+An operation is a function of the call and its arguments, an object with the structure's fields; it returns 0 or
+more, or a negated `Errno`, and sets the fields that are outputs, and no others. Where the arguments come from is the
+ABI's business.
 """
 
 from __future__ import annotations
@@ -54,9 +55,11 @@ def run_operation(call: Call, operations: Mapping[int, Operation], command: int,
     snapshot = call.read(handle, operation.shape)
     if snapshot is None:
         return -Errno.EFAULT
+    if not operation.outputs:
+        return operation.run(call, snapshot)
     arguments = SimpleNamespace(**{name: getattr(snapshot, name) for name in snapshot.FIELDS})
     result = operation.run(call, arguments)
-    if operation.outputs and (result == 0 or operation.always):
+    if result == 0 or operation.always:
         out = snapshot.replace(**{name: getattr(arguments, name) for name in operation.outputs})
         if not call.copy_out(handle, out.to_bytes()):
             return -Errno.EFAULT

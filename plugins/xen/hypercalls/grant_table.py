@@ -250,12 +250,12 @@ def run_batch(call: Call, command: int, batch: Batch, handle: int, count: int) -
         snapshot = call.read(at, batch.shape)
         if snapshot is None:
             return -Errno.EFAULT
-        element = SimpleNamespace(**{name: getattr(snapshot, name) for name in snapshot.FIELDS})
-        element.status = status(batch.run(call, element))
-        if batch.whole:
-            written = call.copy_out(at, snapshot.replace(**vars(element)).to_bytes())
+        if not batch.whole:
+            written = call.copy_out(at + status_at, status(batch.run(call, snapshot)).to_bytes(2, "little"))
         else:
-            written = call.copy_out(at + status_at, element.status.to_bytes(2, "little"))
+            element = SimpleNamespace(**{name: getattr(snapshot, name) for name in snapshot.FIELDS})
+            element.status = status(batch.run(call, element))
+            written = call.copy_out(at, snapshot.replace(**vars(element)).to_bytes())
         if not written:
             return -Errno.EFAULT
     return 0

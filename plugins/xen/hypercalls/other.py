@@ -6,6 +6,7 @@ xen/arch/x86/hvm/dm.c; coco_op: Vates xen/include/public/hvm/coco.h.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Any
 
 from sevlab.plugins.xen.arguments import (
@@ -66,6 +67,8 @@ def console_io(call: Call) -> int:
 # multicall --------------------------------------------------------------------------------------------------------
 
 ENTRY = Shape(MulticallEntry, MulticallEntry32)
+WORDS, WORDS_32 = Struct("<8Q"), Struct("<8I")
+"""An entry is eight unsigned longs of the caller: number, result, six arguments. This is how it is read."""
 CONSUMED = 0xAA
 
 
@@ -76,7 +79,9 @@ def multicall(call: Call) -> int:
     handle, count = call.args
     if call.in_multicall:
         return -Errno.EINVAL
-    layout = call.layout(ENTRY)
+    layout, words = call.layout(ENTRY), WORDS_32 if call.narrow else WORDS
+    handlers = call.machine.tables.hypercalls
+    call.in_multicall = True
     result_at, width = layout.FIELDS["result"].offset, call.long_bytes
     for index in range(count):
         at = handle + index * layout.SIZE & call.mask
@@ -85,22 +90,23 @@ def multicall(call: Call) -> int:
         data = call.copy_in(at, layout.SIZE)
         if data is None:
             return -Errno.EFAULT
-        entry: Any = layout.from_bytes(data)
-        handler = call.machine.tables.hypercalls.get(entry.op)
-        sub = call.within_multicall(entry.op)
+        number, _, *values = words.unpack(data)
+        handler = handlers.get(number)
         if handler is None:
             result = -Errno.ENOSYS
         else:
-            sub.args = handler.cut(entry.args, narrow=call.narrow)
-            result = handler.run(sub)
-        call.left = sub.left
+            call.number = number
+            call.args = handler.cut(values, narrow=call.narrow)
+            result = handler.run(call)
+        continuation, call.continuation = call.continuation, None
         if call.debug_build:
             call.copy_out(at, bytes((CONSUMED,)) * layout.SIZE)
         if not call.copy_out(at + result_at, (result & call.mask).to_bytes(width, "little")):
             return -Errno.EFAULT
-        if sub.continuation is not None:
-            number, args = sub.continuation
-            changed = entry.replace(op=number, args=tuple(arg & call.mask for arg in (*args, *entry.args[len(args) :])))
+        if continuation is not None:
+            number, args = continuation
+            entry: Any = layout.from_bytes(data)
+            changed = entry.replace(op=number, args=tuple(arg & call.mask for arg in (*args, *values[len(args) :])))
             if not call.copy_out(at, changed.to_bytes()):
                 return -Errno.EFAULT
             return call.continue_(Nr.MULTICALL, at, count - index)
