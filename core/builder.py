@@ -100,6 +100,7 @@ class Slots:
     - `cpuid_filter(machine, vcpu, leaf, subleaf, registers) -> registers`: last word on a CPUID answer
     - `clock(machine) -> ticks`: the time-stamp counter
     - `hypercall(machine, vcpu, frame) -> HypercallEnd`: whose ABI VMMCALL speaks (see `core.hypercall`); none: #UD
+    - `hypercall_registers(vcpu) -> names`: what an encrypted guest passes beside RAX when it executes VMMCALL as it is
     - `direct_interrupt(machine, vcpu) -> vector | None`: what the hypervisor injects ahead of all interrupt controllers
     - `nmi_complete(machine, vcpu)`: an encrypted guest says that its NMI handler has ended
     - `scheduler(machine, runnable vCPUs) -> vCPU`: who runs next
@@ -112,6 +113,7 @@ class Slots:
         "cpuid_filter",
         "direct_interrupt",
         "hypercall",
+        "hypercall_registers",
         "inject_filter",
         "key_of",
         "nmi_complete",
@@ -131,6 +133,7 @@ class Slots:
     cpuid_filter: Callable[[Machine, Vcpu | None, int, int, Registers4], Registers4] | None
     clock: Callable[[Machine], int] | None
     hypercall: HypercallOwner | None
+    hypercall_registers: Callable[[Vcpu], tuple[str, ...]] | None
     direct_interrupt: Callable[[Machine, Vcpu], int | None] | None
     nmi_complete: Callable[[Machine, Vcpu], None] | None
     scheduler: Callable[[Machine, tuple[Vcpu, ...]], Vcpu] | None

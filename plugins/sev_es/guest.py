@@ -55,7 +55,8 @@ class VcResult(NamedTuple):
 class PageExit(NamedTuple):
     """A request by the page: `fields` are the registers to mark valid, `data` goes into the shared buffer.
 
-    `scratch`: the shared buffer's GPA goes into sw_scratch; `buffer_bytes` of it come back with the reply.
+    `scratch`: the shared buffer's GPA goes into sw_scratch; `buffer_bytes` of it come back with the reply, and
+    `returns` besides the registers of the protocol.
     """
 
     code: int
@@ -65,6 +66,7 @@ class PageExit(NamedTuple):
     data: bytes = b""
     scratch: bool = False
     buffer_bytes: int = 0
+    returns: tuple[str, ...] = ()
 
 
 class MsrExit(NamedTuple):

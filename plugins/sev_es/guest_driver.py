@@ -140,6 +140,7 @@ class ReferenceGuest:
             return gpa, machine.vm_of(vcpu).c_bit_mask != 0 and gpa < machine.vm_of(vcpu).memory_bytes
 
         side = guest_side(machine, vcpu)
+        passed = machine.slots.hypercall_registers
         return VcContext(
             code=exit_.exit_code,
             insn=exit_.insn,
@@ -151,6 +152,7 @@ class ReferenceGuest:
             read=read,
             write=write,
             translate=translate,
+            hypercall_registers=() if passed is None or exit_.exit_code != ExitCode.VMMCALL else passed(vcpu),
             handlers=machine.tables.vc_handlers,
         )
 
@@ -258,7 +260,9 @@ class ReferenceGuest:
         valid = int.from_bytes(image[_REPLY_BITMAP], "little")
         info_1, info_2 = _REPLY_CODE.unpack_from(image, CODE_AT + 8)
         registers = {
-            name: _U64.unpack_from(image, Ghcb.FIELDS[name].offset)[0] for name in REPLIED if valid & VALID_BITS[name]
+            name: _U64.unpack_from(image, Ghcb.FIELDS[name].offset)[0]
+            for name in (*REPLIED, *request.returns)
+            if valid & VALID_BITS[name]
         }
         count = min(request.buffer_bytes, SHARED_BUFFER_BYTES)
         return GuestReply(info_1, info_2, registers, image[SHARED_BUFFER_OFFSET : SHARED_BUFFER_OFFSET + count])

@@ -139,12 +139,16 @@ def monitor(context: VcContext, insn: VcInsn) -> VcHandler:
 
 
 def vmmcall(context: VcContext, insn: VcInsn) -> VcHandler:
-    """VMMCALL, with the registers of the hypervisor's ABI if it is known. Source: Linux vc-handle.c."""
+    """VMMCALL, with the registers of the hypervisor's ABI if it is known; those that come back valid are its results.
+
+    Source: Linux vc-handle.c (vc_handle_vmmcall), arch/x86/include/asm/x86_init.h (sev_es_hcall_prepare and _finish).
+    """
     regs = context.regs
     fields = {"rax": regs.rax, "cpl": 3 if context.user else 0}
-    fields |= {name: getattr(regs, name) for name in context.hypercall_registers}
-    reply = yield from call(context, PageExit(context.code, fields=fields), "rax")
-    _take(context, reply.registers, "rax")
+    more = context.hypercall_registers
+    fields |= {name: getattr(regs, name) for name in more}
+    reply = yield from call(context, PageExit(context.code, fields=fields, returns=more), "rax")
+    _take(context, reply.registers, "rax", *(name for name in more if name in reply.registers))
     return done(insn)
 
 

@@ -111,7 +111,9 @@ __all__ = [
 def sevlab_register(builder: PluginBuilder) -> None:
     settings = settings_of(builder.options)
     builder.component(XenState())
-    builder.slot("hypercall", Owner(settings))
+    owner = Owner(settings)
+    builder.slot("hypercall", owner)
+    builder.slot("hypercall_registers", owner.passed)
     builder.slot("direct_interrupt", events.direct_interrupt)
     for number, entry in TABLE.items():
         builder.hypercalls.add(number, entry)

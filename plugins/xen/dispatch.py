@@ -129,6 +129,15 @@ class Owner:
         machine.emit(Hypercalled(vcpu.vcpu_id, number, abi_name, result & MASK64, False))
         return answer(frame, result, narrow=narrow)
 
+    def passed(self, vcpu: Vcpu) -> tuple[str, ...]:
+        """The slot `hypercall_registers`: what an encrypted guest's handler passes for the call that is in RAX. It does
+        not know how many arguments a number has, and gives all. An encrypted guest's code counts as 64-bit.
+        """
+        number = vcpu.regs.rax
+        if number & HYPERV_FLAG and self._settings.viridian:
+            return hyperv.REGISTERS
+        return FAST_REGISTERS[1:] if self._abi(number, narrow=False)[0] is Abi.FAST else ARGUMENTS_64
+
     def _compile(self, machine: Machine, number: int, *, narrow: bool) -> Compiled | None:
         """What serves a number, kept from the first time on; None when nothing does."""
         abi, flag = self._abi(number, narrow=narrow)

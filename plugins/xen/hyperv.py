@@ -227,13 +227,17 @@ CALLS: dict[int, Callable[[HvContext], Answer]] = {
 """Each is in `builder.hypercalls` under HYPERV_FLAG | code."""
 
 
+REGISTERS: tuple[str, ...] = ("rcx", "rdx", "r8")
+"""Input value, GPA of the input, GPA of the output of a 64-bit caller. Source: TLFS, 3.7.1."""
+
+
 def serve(machine: Machine, vcpu: Vcpu, domain: Domain, frame: HypercallFrame) -> HypercallEnd:
     """Serve a Hyper-V hypercall. In 64-bit code the input is in RCX, RDX, R8 and the result in RAX; in 32-bit code
     they are in pairs: EDX:EAX, EBX:ECX, EDI:ESI and EDX:EAX. Elsewhere nothing happens.
     """
     registers = frame.registers
     if frame.mode is CodeMode.BITS_64:
-        names: tuple[str, ...] = ("rcx", "rdx", "r8")
+        names = REGISTERS
         word, first, second = registers.rcx, registers.rdx, registers.r8
     elif frame.mode is CodeMode.BITS_32:
         names = ("rax", "rdx", "rbx", "rcx", "rdi", "rsi")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sevlab.core.cpu import FaultUnwind, leave_guest
+from sevlab.core.cpu import CONTROL_SEV_ES, FaultUnwind, leave_guest
 from sevlab.core.events import AdvanceClock, CpuExit, Done, Faulted, Refused
 from sevlab.core.hypercall import CodeMode, code_mode
 from sevlab.core.svm import ExitCode
@@ -75,6 +75,8 @@ def execute_vmmcall(machine: Machine, vcpu: Vcpu) -> bool:
     except FaultUnwind as unwind:
         machine.emit(Faulted(*unwind.fault))
         return False
+    if vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
+        return False  # a call that is preempted goes on inside the GHCB event
     return vcpu.regs.rip == before and not vcpu.stopped and not vcpu.halted
 
 

@@ -487,3 +487,13 @@ def test_conversations_reset(machine):
         CpuExit(0, ExitCode.CPUID, 0, 0, b"\x0f\xa2", 0),
         GuestApHold(1, 0),
     )
+
+
+def test_a_hypercall_passes_the_registers_of_its_abi_and_takes_those_that_come_back():
+    made = context(0x81, b"\x0f\x01\xd9", rax=7, rdi=1, rsi=2, rdx=3)
+    made.hypercall_registers = ("rdi", "rsi")
+    request = PageExit(0x81, fields={"rax": 7, "cpl": 0, "rdi": 1, "rsi": 2}, returns=("rdi", "rsi"))
+    assert first(made) == request
+    result = end(made, GuestReply(0, 0, {"rax": 9, "rsi": 8, "rdx": 6}))
+    assert (result.outcome, result.length) == (Outcome.DONE, 3)
+    assert (made.regs.rax, made.regs.rdi, made.regs.rsi, made.regs.rdx) == (9, 1, 8, 3)

@@ -9,9 +9,9 @@ from sevlab.core.hypercall import CodeMode, HypercallEnd, HypercallFrame
 from sevlab.core.svm import ExitCode
 from sevlab.core.testing import assert_changes_nothing
 from sevlab.plugins.xen import Errno, Hypercalled, HypercallStep, Memop, Nr, Schedop
-from sevlab.plugins.xen.arguments import MemoryReservation, MemoryReservation32
+from sevlab.plugins.xen.arguments import AddToPhysmap, MemoryReservation, MemoryReservation32
 from sevlab.plugins.xen.layout import MulticallEntry, MulticallEntry32
-from sevlab.plugins.xen.numbers import Domid, Version
+from sevlab.plugins.xen.numbers import Domid, MapSpace, Version
 
 from tests.plugins.xen.world import (
     ARGUMENTS_32,
@@ -26,6 +26,7 @@ from tests.plugins.xen.world import (
     vmmcall,
 )
 
+NEW_PAGE = 0x40000
 XEN_4_17 = 4 << 16 | 17
 
 
@@ -222,6 +223,18 @@ def test_a_multicall_runs_its_entries_in_order():
     multicall(guest, (Nr.XEN_VERSION, 0), (99,), (Nr.SCHED_OP, Schedop.YIELD), (Nr.XEN_VERSION, 7))
     assert call(machine, Nr.MULTICALL, PAGE, 4) == 0
     assert results(guest, 4) == [XEN_4_17, (1 << 64) - Errno.ENOSYS, 0, 4096]
+
+
+def test_a_multicall_goes_on_in_the_page_that_an_entry_put_there():
+    """A buffer's page is looked up once, and again after the physmap changed."""
+    machine = machine_of()
+    guest = guest_of(machine)
+    multicall(guest, (99,), (Nr.XEN_VERSION, 0))
+    guest.write(NEW_PAGE, guest.read(PAGE, 4096))
+    guest.write(BOUNCE, AddToPhysmap.build(domid=Domid.SELF, space=MapSpace.GMFN, idx=NEW_PAGE >> 12, gpfn=PAGE >> 12))
+    multicall(guest, (Nr.MEMORY_OP, Memop.ADD_TO_PHYSMAP, BOUNCE), (99,))
+    assert call(machine, Nr.MULTICALL, PAGE, 2) == 0
+    assert results(guest, 2) == [0, XEN_4_17]
 
 
 def test_a_multicall_of_32_bit_code_has_32_byte_entries():
