@@ -21,6 +21,7 @@ from sevlab.plugins.sev.command import register as register_commands
 from sevlab.plugins.sev.context import Gctx, SevState, sev_state
 from sevlab.plugins.sev.crypto import Point, public_point, scalar_from_seed
 from sevlab.plugins.sev.driver import (
+    LENDER,
     Launched,
     begin_launch,
     initialise,
@@ -62,6 +63,7 @@ __all__ = [
     "GUEST",
     "LEGACY",
     "LEGACY_COMMANDS",
+    "LENDER",
     "PLATFORM",
     "RSA_EXPONENT",
     "Algorithm",

@@ -5,8 +5,9 @@ Commands, memory and registers go through `Machine.apply`, as a driver's do; not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from sevlab.core.cpu import CONTROL_SEV, CONTROL_SEV_ES
 from sevlab.core.errors import ConfigError
@@ -22,6 +23,7 @@ from sevlab.core.events import (
     Space,
     Value,
 )
+from sevlab.core.memory import split_pages
 from sevlab.core.state import Stateful
 from sevlab.core.steps import MAX_ACCESS_BYTES
 from sevlab.core.svm import ExitCode, Vector
@@ -43,6 +45,41 @@ TMR_BYTES = 1 << 20
 MEM_ENCRYPTION_MOD_EN = 1 << 23
 
 BUFFERS: dict[Command, type[Layout] | None] = {declared.command: declared.buffer for declared in LEGACY_COMMANDS}
+ANSWERING = frozenset(declared.command for declared in LEGACY_COMMANDS if declared.firmware_page)
+"""Commands whose buffer must be the firmware's once SNP is initialised."""
+
+
+class Lender(Protocol):
+    """Who gives pages to the firmware and takes them back; SNP brings it as component `LENDER`."""
+
+    def give(self, machine: Machine, spa: int) -> None:
+        """From now on only the firmware writes to the page."""
+
+    def ring(self, machine: Machine, command: Command, spa: int) -> AspStatus:
+        """Run the command whose buffer lies at `spa` already."""
+
+    def take(self, machine: Machine, spa: int) -> None:
+        """The page is the hypervisor's again."""
+
+
+LENDER = "sev.driver.lender"
+
+
+def _lender(machine: Machine) -> Lender | None:
+    """None while nothing needs to be lent. Source: Linux drivers/crypto/ccp/sev-dev.c (snp_map_cmd_buf_desc_list)."""
+    return cast("Lender | None", machine.components.get(LENDER)) if sev_state(machine).snp_initialised else None
+
+
+@contextmanager
+def lent(machine: Machine, spa: int, length_bytes: int) -> Iterator[None]:
+    """The pages of a buffer that a command writes are the firmware's meanwhile, where SNP demands it."""
+    lender = _lender(machine)
+    pages = [start & -PAGE_BYTES for start, _ in split_pages(spa, length_bytes)] if lender is not None else []
+    for page in pages:
+        lender.give(machine, page)  # type: ignore[union-attr]  # there are no pages without a lender
+    yield
+    for page in pages:
+        lender.take(machine, page)  # type: ignore[union-attr]
 
 
 class Reply(NamedTuple):
@@ -53,11 +90,20 @@ class Reply(NamedTuple):
 
 
 def run(machine: Machine, command: Command, *, buffer_spa: int = 0, **fields: FieldValue) -> Reply:
-    """Run one command with these fields in its buffer, which lies at `buffer_spa` (0: the driver's page)."""
+    """Run one command with these fields in its buffer, which lies at `buffer_spa` (0: the driver's page).
+
+    While SNP is initialised a buffer that the firmware answers in is lent to it for the command.
+    """
     layout = BUFFERS[command]
     if layout is None:
         return _reply(machine, AspCommand("sev", command, 0, b""), None)
     where = buffer_spa or scratch_page(machine)
+    lender = _lender(machine)
+    if lender is not None and command in ANSWERING:
+        put(machine, where, layout.build(**fields))
+        with lent(machine, where, layout.SIZE):
+            answer = lender.ring(machine, command, where)
+        return Reply(answer.status, layout.from_bytes(answer.buffer) if answer.buffer else None)
     return _reply(machine, AspCommand("sev", command, where, layout.build(**fields)), layout)
 
 
@@ -222,7 +268,8 @@ def load(machine: Machine, vm: Vm, guest: Launched, gpa: int, data: bytes) -> No
 def measure(machine: Machine, guest: Launched) -> Launched:
     """LAUNCH_MEASURE: the guest with its measurement."""
     page = scratch_page(machine) + PAGE_BYTES
-    need(machine, Command.LAUNCH_MEASURE, handle=guest.handle, spa=page, length=MEASUREMENT_BYTES)
+    with lent(machine, page, MEASUREMENT_BYTES):
+        need(machine, Command.LAUNCH_MEASURE, handle=guest.handle, spa=page, length=MEASUREMENT_BYTES)
     return guest._replace(measurement=get(machine, page, MEASUREMENT_BYTES))
 
 

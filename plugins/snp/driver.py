@@ -151,19 +151,28 @@ def output(machine: Machine, command: Command, length_bytes: int, **fields: Fiel
     return get(machine, spa, length_bytes)
 
 
-def run_legacy(machine: Machine, command: Command, spa: int, buffer: bytes) -> tuple[int, bytes]:
-    """Run a legacy command that answers in its buffer: (status, buffer afterwards); the page is Reclaim then.
+class PageLender(Stateful):
+    """What lets the driver of the legacy commands run them while SNP is initialised.
 
-    The buffer is written first and given to the firmware; its address goes to the registers.
+    Source: Linux drivers/crypto/ccp/sev-dev.c (rmp_mark_pages_firmware, snp_reclaim_pages).
     """
-    interface = machine.mailboxes["sev"]
-    put(machine, spa, buffer)
-    make_firmware(machine, spa)
-    machine.apply(AspRegisterWrite(interface.address_low_register, spa & 0xFFFF_FFFF))
-    machine.apply(AspRegisterWrite(interface.address_high_register, spa >> 32))
-    answer = machine.apply(AspRegisterWrite(interface.command_register, command << 16)).first(AspStatus)
-    assert answer is not None  # the interface exists
-    return answer.status, answer.buffer
+
+    def give(self, machine: Machine, spa: int) -> None:
+        """Make the page Firmware."""
+        make_firmware(machine, spa)
+
+    def ring(self, machine: Machine, command: Command, spa: int) -> AspStatus:
+        """Put the buffer's address and the command into the registers; the host cannot write to the buffer any more."""
+        interface = machine.mailboxes["sev"]
+        machine.apply(AspRegisterWrite(interface.address_low_register, spa & 0xFFFF_FFFF))
+        machine.apply(AspRegisterWrite(interface.address_high_register, spa >> 32))
+        answer = machine.apply(AspRegisterWrite(interface.command_register, command << 16)).first(AspStatus)
+        assert answer is not None  # the interface exists
+        return answer
+
+    def take(self, machine: Machine, spa: int) -> None:
+        """Reclaim the page, whether the firmware has used it or not."""
+        take_back(machine, spa)
 
 
 # Guests ---------------------------------------------------------------------------------------------------------------

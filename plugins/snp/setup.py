@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.config import Option
-from sevlab.plugins.sev import register_commands, sev_state
+from sevlab.plugins.sev import LENDER, register_commands, sev_state
 from sevlab.plugins.snp import (
     ghcb_events,
     guest_agent,
@@ -18,7 +18,7 @@ from sevlab.plugins.snp import (
     vmrun,
 )
 from sevlab.plugins.snp.command_table import SNP, SNP_COMMANDS
-from sevlab.plugins.snp.driver import SnpDriver
+from sevlab.plugins.snp.driver import PageLender, SnpDriver
 from sevlab.plugins.snp.hypervisor import SnpHypervisor, snp_hypervisor
 from sevlab.plugins.snp.rmp_check import RmpCheck
 from sevlab.plugins.snp.states import SnpState, snp_state
@@ -54,6 +54,7 @@ def register(builder: PluginBuilder) -> None:
     part, options = builder.config.part, builder.options
     builder.component(SnpState())
     builder.component(SnpDriver(), "snp.driver")
+    builder.component(PageLender(), LENDER)
     registers.register(builder)
     register_commands(builder, SNP, SNP_COMMANDS)
     legacy_rules.register(builder)

@@ -7,6 +7,7 @@ import hashlib
 import pytest
 from sevlab.core.events import AspCommand, AspStatus, CacheOp, HostMsr
 from sevlab.core.testing import make_machine
+from sevlab.plugins import sev
 from sevlab.plugins.sev import Command, Status, sev_state
 from sevlab.plugins.snp import driver, keys
 from sevlab.plugins.snp.automata import SNP_GUEST, SNP_PLATFORM, SnpGuestState, SnpPlatformState
@@ -19,7 +20,7 @@ from sevlab.plugins.snp.buffers import (
 )
 from sevlab.plugins.snp.command_table import SNP_COMMANDS
 from sevlab.plugins.snp.cpuid_table import build_table
-from sevlab.plugins.snp.driver import LaunchPage
+from sevlab.plugins.snp.driver import LaunchPage, PageLender
 from sevlab.plugins.snp.guest_pages import CpuidEntry, SecretsPage
 from sevlab.plugins.snp.launch_digest import NO_DIGEST, PageType, extend
 from sevlab.plugins.snp.registers import HWCR, RMP_BASE, VM_HSAVE_PA
@@ -561,10 +562,27 @@ def test_a_legacy_command_answers_only_in_a_firmware_page_and_leaves_it_to_be_re
     spa = machine.hypervisor.allocate_pages(1)
     status = machine.apply(AspCommand("sev", Command.PLATFORM_STATUS, spa, bytes(12))).first(AspStatus).status
     assert status == 0x5A
-    assert driver.run_legacy(machine, Command.PLATFORM_STATUS, spa, bytes(12))[0] == S.SUCCESS
+    driver.make_firmware(machine, spa)
+    assert PageLender().ring(machine, Command.PLATFORM_STATUS, spa).status == S.SUCCESS
     assert state_of(machine, spa) is PageState.RECLAIM
     assert driver.rmp_update(machine, spa) == 0
     assert driver.get(machine, spa, 2) == b"\x01\x37"
+
+
+def test_the_driver_lends_its_buffers_and_gets_them_back(machine):
+    """The same calls as without SNP; whatever the command ends in, the pages are the host's again."""
+    spa = machine.hypervisor.allocate_pages(2)
+    for place in (0, spa, spa + 0xFFA):
+        reply = sev.run(machine, Command.PLATFORM_STATUS, buffer_spa=place)
+        assert (reply.status, reply.buffer.api_major, reply.buffer.api_minor) == (0, 1, 0x37)
+    assert sev.run(machine, Command.GUEST_STATUS, buffer_spa=spa, handle=77).status != 0
+    assert state_of(machine, spa) is state_of(machine, spa + 0x1000) is PageState.HYPERVISOR
+
+
+def test_a_legacy_launch_is_begun_measured_and_ended_while_snp_is_initialised(machine):
+    guest = sev.launch_guest(machine, 0, asid=sev.sev_state(machine).min_asid)
+    assert any(guest.measurement)
+    sev.stop_guest(machine, guest)
 
 
 def test_a_legacy_command_without_an_answer_takes_any_buffer(machine):
@@ -574,9 +592,8 @@ def test_a_legacy_command_without_an_answer_takes_any_buffer(machine):
 def test_a_legacy_output_page_must_be_firmware_too(machine):
     machine.apply(AspCommand("sev", Command.INIT, 0x1000, bytes(0x14)))
     spa, target = machine.hypervisor.allocate_pages(1), machine.hypervisor.allocate_pages(1)
-    request = target.to_bytes(8, "little") + (64).to_bytes(4, "little")
-    assert driver.run_legacy(machine, Command.GET_ID, spa, request)[0] == S.INVALID_PAGE_STATE
-    assert driver.rmp_update(machine, spa) == 0
+    request = {"buffer_spa": spa, "spa": target, "length": 64}
+    assert sev.run(machine, Command.GET_ID, **request).status == S.INVALID_PAGE_STATE
     driver.make_firmware(machine, target)
-    assert driver.run_legacy(machine, Command.GET_ID, spa, request)[0] == S.SUCCESS
+    assert sev.run(machine, Command.GET_ID, **request).status == S.SUCCESS
     assert any(driver.get(machine, target, 64))
