@@ -2,7 +2,7 @@
 
 While a machine is composed, plugins add handlers under keys; `freeze` makes a plain dictionary of each registry, and
 at run time nothing else is consulted. A key has one owner. Whoever wants to change what another plugin does replaces
-that handler by name - once, and in the open.
+that handler by name - in the open, and once, except over a replacement that it names.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Registry(Generic[K, H]):
         self.what = what
         self.show = show
         self._entries: dict[K, Entry[H]] = {}
-        self._replacements: dict[K, tuple[Callable[[H], H], str, H | None]] = {}
+        self._replacements: dict[K, list[tuple[Callable[[H], H], str, H | None]]] = {}
 
     def add(self, key: K, handler: H, *, plugin: str) -> None:
         """Let `handler` of `plugin` handle `key`. Raises `PluginError` if the key has an owner."""
@@ -52,23 +52,27 @@ class Registry(Generic[K, H]):
             )
         self._entries[key] = Entry(handler, plugin)
 
-    def replace(self, key: K, make: Callable[[H], H], *, plugin: str, absent: H | None = None) -> None:
+    def replace(
+        self, key: K, make: Callable[[H], H], *, plugin: str, absent: H | None = None, over: tuple[str, ...] = ()
+    ) -> None:
         """Put `make(original handler)` in the place of the handler of `key`, after all plugins have registered.
 
-        With `absent` the key need not have an owner: `make` gets that instead. Raises `PluginError` at once if somebody
-        else replaces it already, at `freeze` if nobody handles the key.
+        With `absent` the key need not have an owner: `make` gets that instead. A replacement of a plugin that `over`
+        names may stand already: `make` then gets that one. Raises `PluginError` at once if somebody else replaces it
+        already, at `freeze` if nobody handles the key.
         """
-        other = self._replacements.get(key)
-        if other is not None:
+        made = self._replacements.setdefault(key, [])
+        if made and made[-1][1] not in over:
             raise PluginError(
-                f"{self.what} {self.show(key)} is replaced twice: by plugin {other[1]!r} and by plugin {plugin!r}"
+                f"{self.what} {self.show(key)} is replaced twice: by plugin {made[-1][1]!r} and by plugin {plugin!r}"
             )
-        self._replacements[key] = (make, plugin, absent)
+        made.append((make, plugin, absent))
 
     def entries(self) -> dict[K, Entry[H]]:
         """All keys with their final handler and owner. Raises `PluginError` for a replacement of nothing."""
         entries = dict(self._entries)
-        for key, (make, plugin, absent) in self._replacements.items():
+        made = ((key, *one) for key, all_made in self._replacements.items() for one in all_made)
+        for key, make, plugin, absent in made:
             original = entries.get(key)
             if original is None and absent is not None:
                 original = Entry(absent, plugin)
@@ -95,9 +99,9 @@ class Registrar(Generic[K, H]):
         """Handle `key`. Raises `PluginError` if the key has an owner."""
         self._registry.add(key, handler, plugin=self._plugin)
 
-    def replace(self, key: K, make: Callable[[H], H], *, absent: H | None = None) -> None:
-        """Replace another plugin's handler of `key` by `make(original)`; `absent`: see `Registry.replace`."""
-        self._registry.replace(key, make, plugin=self._plugin, absent=absent)
+    def replace(self, key: K, make: Callable[[H], H], *, absent: H | None = None, over: tuple[str, ...] = ()) -> None:
+        """Replace another plugin's handler of `key` by `make(original)`; the rest as in `Registry.replace`."""
+        self._registry.replace(key, make, plugin=self._plugin, absent=absent, over=over)
 
 
 def add_range(registrar: Registrar[int, H], first: int, last: int, handler: H) -> None:

@@ -43,6 +43,7 @@ TABLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("Hypercalls", "sevlab.plugins.xen.hypercalls.table:markdown_table"),
         ("Which call survives encryption", "sevlab.plugins.xen.assess:markdown_table"),
     ),
+    "seeded": (("The bugs", "sevlab.plugins.seeded:markdown_table"),),
 }
 """By plugin: title and `module:function` of each table of its own, made from its data."""
 

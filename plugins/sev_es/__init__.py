@@ -67,6 +67,8 @@ from sevlab.plugins.sev_es.guest_startup import ApJumpTable, before_setup, jump_
 from sevlab.plugins.sev_es.hardware import enter_encrypted
 from sevlab.plugins.sev_es.hyperv import HypervPage
 from sevlab.plugins.sev_es.hypervisor import ghcb_window, write_reply
+from sevlab.plugins.sev_es.insn import VcInsn, may_raise
+from sevlab.plugins.sev_es.insn import decode as decode_vc
 from sevlab.plugins.sev_es.io_events import EVENTS as IO_EVENTS
 from sevlab.plugins.sev_es.io_events import KVM_6_12, SHARED_BUFFER
 from sevlab.plugins.sev_es.msr_layout import MSR_GHCB, MSR_SEV_STATUS, MsrInfo
@@ -170,6 +172,7 @@ __all__ = [
     "VcDelivered",
     "VcEnd",
     "VcHandler",
+    "VcInsn",
     "VcResult",
     "Vmgexit",
     "VmgexitIgnored",
@@ -179,6 +182,7 @@ __all__ = [
     "call",
     "check",
     "check_vc",
+    "decode_vc",
     "enter_encrypted",
     "exception",
     "exit_class",
@@ -188,6 +192,7 @@ __all__ = [
     "initial_vmsa",
     "jump_table_request",
     "malformed",
+    "may_raise",
     "msr_layout",
     "segment_bytes",
     "segment_of",

@@ -23,7 +23,7 @@ from sevlab.core.hypercall import CS_BIG, CS_LONG
 from sevlab.core.paging import EFER_LME
 from sevlab.core.svm import EVENT_ERROR_VALID, EVENT_VALID, EventType, Vector
 from sevlab.plugins.sev_es.ghcb import SHARED_BUFFER_OFFSET
-from sevlab.plugins.sev_es.insn import MNEMONICS, VcInsn, decode
+from sevlab.plugins.sev_es.insn import VcInsn, decode, may_raise
 
 CPL_USER = 3
 DR7_RESET = 0x400
@@ -225,8 +225,7 @@ def handle(context: VcContext) -> VcHandler:
         if handler is None:
             return (yield from unsupported(context))
         insn = decode(context.insn[:INSN_BYTES], context.bits)
-        expected = MNEMONICS.get(context.code)
-        if insn is None or (expected is not None and insn.mnemonic not in expected):
+        if insn is None or not may_raise(insn, context.code):
             found = "no instruction" if insn is None else insn.mnemonic
             return VcResult(Outcome.UNSUPPORTED, reason=f"#VC {context.code:#x} at {found}")
         return (yield from handler(context, insn))

@@ -29,6 +29,12 @@ MNEMONICS: dict[int, tuple[str, ...]] = {
 """Which instructions raise #VC with which code. Source: Linux arch/x86/coco/sev/vc-shared.c (vc_check_opcode_bytes)."""
 
 
+def may_raise(insn: VcInsn, code: int) -> bool:
+    """Whether this instruction raises #VC with that code. Source: Linux vc-shared.c (vc_check_opcode_bytes)."""
+    expected = MNEMONICS.get(code)
+    return expected is None or insn.mnemonic in expected
+
+
 class VcInsn(NamedTuple):
     """A decoded instruction: mnemonic in upper case, length in bytes, and iced-x86's view of it."""
 

@@ -13,21 +13,24 @@ from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
 from sevlab.plugins.sev import mailbox_payload
 from sevlab.plugins.snp.automata import SNP_GUEST, SNP_PLATFORM
+from sevlab.plugins.snp.buffers import SnpActivate, SnpGuestRequest
 from sevlab.plugins.snp.cert_table import CertTableRow
 from sevlab.plugins.snp.command_table import COMMAND_LAYOUTS, SNP, SNP_COMMANDS
 from sevlab.plugins.snp.firmware import MetadataHeader, MetadataSection
 from sevlab.plugins.snp.fuzzing import COUNTERS, ORACLES, TARGETS
+from sevlab.plugins.snp.guest_agent import Agent
 from sevlab.plugins.snp.guest_pages import GUEST_PAGE_LAYOUTS
+from sevlab.plugins.snp.guest_protocol import change_page_states
 from sevlab.plugins.snp.id_block import IdAuth, IdBlock
 from sevlab.plugins.snp.kernel_hashes import KernelHashTable
 from sevlab.plugins.snp.launch_digest import PageInfo
 from sevlab.plugins.snp.layout import RmpEntry, RmpState
-from sevlab.plugins.snp.messages import MESSAGE_LAYOUTS
-from sevlab.plugins.snp.psc import PSC_LAYOUTS
-from sevlab.plugins.snp.records import GUEST_RECORDS, RMP_RECORDS
+from sevlab.plugins.snp.messages import HEADER_BYTES, MESSAGE_LAYOUTS, MessageHeader, header_is_legal
+from sevlab.plugins.snp.psc import MAX_ENTRIES, PSC_LAYOUTS, PscEntryValue, PscHeader, build_psc, parse_psc
+from sevlab.plugins.snp.records import GUEST_RECORDS, RMP_RECORDS, SetPages
 from sevlab.plugins.snp.report import REPORT_LAYOUTS
 from sevlab.plugins.snp.setup import OPTIONS, register
-from sevlab.plugins.snp.states import PAGE_STATES, PageState, page_state
+from sevlab.plugins.snp.states import PAGE_STATES, PageState, page_state, snp_state
 from sevlab.plugins.snp.svsm import SVSM_LAYOUTS, SVSM_RECORDS
 
 if TYPE_CHECKING:
@@ -52,7 +55,26 @@ OWNER_LAYOUTS: tuple[type[Layout], ...] = (
 
 REQUIRES: tuple[str, ...] = ("sme", "sev", "sev_es")
 
-__all__ = ["PageState", "RmpEntry", "RmpState", "page_state"]
+__all__ = [
+    "HEADER_BYTES",
+    "MAX_ENTRIES",
+    "Agent",
+    "MessageHeader",
+    "PageState",
+    "PscEntryValue",
+    "PscHeader",
+    "RmpEntry",
+    "RmpState",
+    "SetPages",
+    "SnpActivate",
+    "SnpGuestRequest",
+    "build_psc",
+    "change_page_states",
+    "header_is_legal",
+    "page_state",
+    "parse_psc",
+    "snp_state",
+]
 
 
 @hookimpl

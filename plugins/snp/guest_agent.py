@@ -8,6 +8,7 @@ Source: Linux arch/x86/coco/sev/core.c and drivers/virt/coco/sev-guest (verify_a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sevlab.core.cpu import FaultUnwind
@@ -64,12 +65,13 @@ class Ended(Exception):  # the way out when the VM ended in the middle
 
 
 class Agent:
-    """Runs the steps of the reference guest."""
+    """Runs the steps of the reference guest; `change_pages` is how it asks for page states once it has a GHCB."""
 
-    __slots__ = ("_guest",)
+    __slots__ = ("_change_pages", "_guest")
 
-    def __init__(self) -> None:
+    def __init__(self, change_pages: Callable[[tuple[PscEntryValue, ...]], VcHandler] = change_page_states) -> None:
         self._guest = ReferenceGuest("linux")
+        self._change_pages = change_pages
 
     def _vcpu(self, machine: Machine, number: int) -> Vcpu | None:
         vcpu = machine.vcpus.get(number)
@@ -131,7 +133,7 @@ class Agent:
         else:
             entries = tuple(PscEntryValue(gpa >> 12, operation, large) for gpa in pages)
             handlers = [
-                change_page_states(entries[start : start + MAX_ENTRIES])
+                self._change_pages(entries[start : start + MAX_ENTRIES])
                 for start in range(0, len(entries), MAX_ENTRIES)
             ]
         for handler in handlers:

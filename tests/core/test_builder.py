@@ -78,6 +78,17 @@ def test_a_second_replacement_is_refused():
         registry.replace(1, lambda original: original, plugin="two")
 
 
+def test_a_replacement_may_stand_over_one_that_it_names():
+    registry = numbers()
+    registry.add(1, 5, plugin="owner")
+    registry.replace(1, lambda original: original * 10, plugin="one")
+    registry.replace(1, lambda original: original + 1, plugin="two", over=("one",))
+    assert registry.freeze() == {1: 51}
+    assert registry.entries()[1].replaces == "one"
+    with pytest.raises(PluginError, match="replaced twice: by plugin 'two' and by plugin 'three'"):
+        registry.replace(1, lambda original: original, plugin="three", over=("one",))
+
+
 def test_replacing_nothing_is_refused_at_freeze():
     registry = numbers()
     registry.replace(1, lambda original: original, plugin="one")
