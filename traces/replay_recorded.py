@@ -13,7 +13,7 @@ from sevlab.core.errors import ConfigError, InvariantViolation, TraceFormatError
 from sevlab.core.machine import Machine
 from sevlab.core.oracle import Oracle, OracleSink
 from sevlab.core.plugins import load
-from sevlab.core.vocabulary import Record
+from sevlab.core.vocabulary import Record, spec_of
 from sevlab.traces.compare import Difference, first_difference
 from sevlab.traces.machine_state import unpack_snapshot
 from sevlab.traces.reader import TraceReader
@@ -106,8 +106,9 @@ def replay_recorded(
     oracles: Iterable[Oracle] = (),
     stop_at_first: bool = False,
     until: int | None = None,
+    only: frozenset[str] = frozenset(),
 ) -> Replayed:
-    """Replay a recording up to entry `until`.
+    """Replay a recording up to entry `until`; `only` compares the outcomes of these kinds of steps, if any are named.
 
     Raises `TraceFormatError` when a record kind of the trace is declared otherwise here, or when entries before the
     end are lost: what follows a gap would start from another state.
@@ -127,6 +128,8 @@ def replay_recorded(
         outcome = perform(machine, entry.step)
         count += 1
         records += len(outcome)
+        if only and spec_of(entry.step).kind not in only:
+            continue
         difference = first_difference(entry.outcome, outcome)
         if difference is not None:
             divergences.append(Divergence(number, entry, outcome, difference))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 from importlib import metadata
 from typing import NamedTuple
@@ -42,6 +43,13 @@ def _import(name: str, distribution: str = "") -> str:
     return metadata.version(distribution or name)
 
 
+def _tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise ImportError(f"{name} is not installed")
+    return path
+
+
 KERNEL_CAPABILITIES = (
     Capability("python", "everything", _python, required=True),
     Capability("aes-xts", "memory encryption", _cipher, required=True),
@@ -50,6 +58,8 @@ KERNEL_CAPABILITIES = (
     Capability("iced-x86", "instruction decode", lambda: _import("iced_x86", "iced-x86"), required=True),
     Capability("atheris", "coverage-guided fuzzing (extra: fuzz)", lambda: _import("atheris")),
     Capability("unicorn", "running real guests (extra: emu)", lambda: _import("unicorn")),
+    Capability("plotly", "assess --html (extra: report)", lambda: _import("plotly")),
+    Capability("trace-cmd", "import of trace.dat", lambda: _tool("trace-cmd")),
 )
 
 

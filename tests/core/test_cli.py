@@ -60,6 +60,7 @@ def test_doctor_json_is_one_document_with_every_capability():
     rows = {row["name"]: row for row in report["capabilities"]}
     assert rows["aes-xts"]["state"] == "present"
     assert rows["plugin sme"]["state"] == "present"
+    assert {"plotly", "trace-cmd"} <= rows.keys()
 
 
 def missing():

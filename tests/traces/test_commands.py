@@ -144,3 +144,9 @@ def test_minimise_needs_something_to_show(trace, tmp_path):
         run("minimise", trace, "-o", tmp_path / "m")
     with pytest.raises(SevlabError, match="its replay does not diverge"):
         run("minimise", trace, "-o", tmp_path / "m", "--divergence")
+
+
+def test_the_replay_of_a_recording_can_be_limited(trace):
+    assert "recording, 2 entries, 0 divergences" in run("replay", trace, "--until", 2)
+    assert "recording, 3 entries, 0 divergences" in run("replay", trace, "--only", "read", "--stop-at-first")
+    run("replay", trace, "--start", 1, code=2)

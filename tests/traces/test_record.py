@@ -93,6 +93,24 @@ def test_a_changed_outcome_is_a_divergence():
     assert str(replay_recorded(reader).divergences[0]) == "entry 1: record 1: expected done(), found nothing"
 
 
+def test_only_until_and_stop_at_first_limit_the_replay_of_a_recording():
+    machine = make_machine("sme", "io", guests=GUESTS)
+    file = io.BytesIO()
+    with Recorder(machine, file):
+        for _ in range(3):
+            machine.apply(ev.MemoryWrite(1, 0, 0, 0x1000, False, b"secret"))
+            machine.apply(ev.MemoryRead(1, 0, 0, 0x1000, False, 6))
+    reader = TraceReader(file)
+    entries = [entry._replace(outcome=(ev.Data(b"no"),)) if n % 2 else entry for n, entry in enumerate(reader)]
+    reader.numbered = lambda first, until: iter(list(enumerate(entries))[first:until])
+    assert len(replay_recorded(reader).divergences) == 3
+    assert replay_recorded(reader, stop_at_first=True)[:2] == (2, 2)
+    assert replay_recorded(reader, until=3)[:2] == (3, 3)
+    assert len(replay_recorded(reader, only=frozenset(("read",))).divergences) == 3
+    assert not replay_recorded(reader, only=frozenset(("write",))).divergences
+    assert replay_recorded(reader, only=frozenset(("write",))).entries == 6
+
+
 class Breaking:
     """A plugin whose handler of `advance` breaks an invariant at 7 ticks and a Python rule at 8."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from sevlab.core.cli import echo_json
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @click.command("replay")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--until", type=int, help="Stop after so many exchanges.")
-@click.option("--only", multiple=True, help="Compare this exit only (ioio, npf, ...); may be repeated.")
+@click.option("--until", type=int, help="Stop after so many exchanges, of a recording entries.")
+@click.option("--only", multiple=True, help="Compare only this exit (ioio), of a recording this step; may be repeated.")
 @click.option("--stop-at-first", is_flag=True, help="Stop at the first unexplained difference.")
 @click.option("--start", default=0, help="Apply what comes before this exchange, and compare from there.")
 @click.option("--feature", default="", help="Send the same accesses through a guest under sev-es or snp.")
@@ -38,7 +38,12 @@ def replay(
 
     recordings = [path for path in files if _is_recording(path)]
     logs = [path for path in files if path not in recordings]
-    differs = sum(_recorded(path, as_json=as_json) for path in recordings) > 0
+    if recordings and (feature or start):
+        raise click.UsageError(
+            f"{recordings[0]}: a recording replays from its start, through the machine it was made of"
+        )
+    limits = {"until": until, "only": frozenset(only), "stop_at_first": stop_at_first}
+    differs = sum(_recorded(path, limits, as_json=as_json) for path in recordings) > 0
     choice = Choice(until, frozenset(only), stop_at_first, start, feature)
     if len(logs) == 1 and jobs <= 1:
         tallies = {logs[0]: _with_progress(logs[0], choice)}
@@ -61,13 +66,13 @@ def _is_recording(path: Path) -> bool:
     return path.suffix == ".sevtrace" and TraceReader(path).header.source.format == "recorded"
 
 
-def _recorded(path: Path, *, as_json: bool) -> bool:
+def _recorded(path: Path, limits: dict[str, Any], *, as_json: bool) -> bool:
     """Replay a recording of our own; True when it differs."""
     from sevlab.traces.reader import TraceReader
     from sevlab.traces.replay_recorded import replay_recorded
 
     with TraceReader(path) as reader:
-        result = replay_recorded(reader)
+        result = replay_recorded(reader, **limits)
     if as_json:
         echo_json(
             {

@@ -156,7 +156,7 @@ class Exchanges:
         else:
             self.absent += 3  # vcpu, intr_info, error_code
         if entered_ns is not None:
-            recorded.append(Entered(entered_ns - thread.started))
+            recorded.append(Entered(max(entered_ns - thread.started, 0)))
         return Entry(thread.started, thread.vcpu, guest_exit(thread.vcpu, exit_, body, arrivals), tuple(recorded))
 
 

@@ -24,6 +24,7 @@ Comparison = tuple[str, Any, Any]
 FINAL_OR_TABLE = int(NpfError.FINAL | NpfError.TABLE_WALK)
 W, U, RSVD, ID = (int(bit) for bit in (NpfError.W, NpfError.U, NpfError.RSVD, NpfError.ID))
 PAGE, INSN_BYTES_MAX = 0xFFF, 15
+PCI_DATA = range(0xCFC, 0xD00)
 KVM_EXIT = {int(ExitCode.IOIO): 2, int(ExitCode.NPF): 6, int(ExitCode.SHUTDOWN): 8, int(ExitCode.HLT): 5}
 """Why user space is asked, by exit. Source: Linux include/uapi/linux/kvm.h."""
 
@@ -73,7 +74,10 @@ class Context:
     def __init__(self) -> None:
         self.injected: dict[int, int] = {}
         self.immediate: dict[int, bool] = {}
-        self.pages: set[int] = set()
+        self.pages: dict[int, int] = {}
+        """Pages of devices that have faulted, each with `slots` at its last fault."""
+        self.slots = 0
+        """How often the guest may have changed what memory there is: KVM then drops all mappings of devices."""
         self.gsi = -1
 
 
@@ -94,6 +98,8 @@ def pio(x: Exchange, record: ke.KvmPio) -> Iterator[Comparison]:
         yield "count", record.elements, port.elements
     if record.is_in and "value" not in x.supplied:
         yield "device value", record.value, port.value
+    if not record.is_in and record.port in PCI_DATA:
+        x.context.slots += 1
     if not record.is_in:
         yield "value fits the size", record.value, port.value
 
@@ -210,7 +216,7 @@ def page_fault(x: Exchange, record: ke.KvmPageFault) -> Iterator[Comparison]:
         if decoded is not None and decoded.length and (decoded.reads or decoded.writes):
             yield "write bit", bool(error & W), decoded.writes
             yield "reserved bit", bool(error & RSVD), page in x.context.pages
-            x.context.pages.add(page)
+            x.context.pages[page] = x.context.slots
         return
     if error & ID and walk == NpfError.FINAL and not x.step.event:
         offset, found = x.step.rip + x.step.cs_base & PAGE, record.address & PAGE

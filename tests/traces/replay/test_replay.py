@@ -11,7 +11,8 @@ from sevlab.traces.importers import kvm_exits as ke
 from sevlab.traces.importers import kvm_host as kh
 from sevlab.traces.importers import kvm_interrupts as ki
 from sevlab.traces.importers.catalogue import open_capture
-from sevlab.traces.importers.log_records import ExitEvent
+from sevlab.traces.importers.kvm_text import KvmText
+from sevlab.traces.importers.log_records import Entered, ExitEvent
 from sevlab.traces.replay.engine import Replay, machine_config
 from sevlab.traces.replay.rules import RULES
 
@@ -161,8 +162,7 @@ BITS = [("error_code", 1 << 1), ("error_code", 1 << 2), ("error_code", 1 << 3), 
 def test_a_corrupted_bit_of_the_error_code_is_noticed(field, bit):
     device = lambda record: record.address >= 0xD0000000 and record.error_code & 0xF in (0xC, 0xE)
     damaged = corrupted(TINY, ke.KvmPageFault, field, lambda value: value ^ bit, device)
-    tally = replay(damaged)
-    assert tally.total_diverged + sum((tally.explained - tally_of(TINY).explained).values()) >= 1
+    assert replay(damaged).total_diverged >= 1
 
 
 @pytest.mark.parametrize("field", ["exit_info_1", "exit_info_2", "rip"])
@@ -194,3 +194,37 @@ def test_no_rule_explains_a_difference_it_does_not_name():
     assert not replay(damaged).explained - tally_of(TINY).explained
     assert len({rule.name for rule in RULES}) == len(RULES)
     assert all(rule.why for rule in RULES)
+
+
+def test_a_log_whose_clock_steps_back_has_no_negative_durations():
+    lines = [
+        "v-1 [000] d.. 2.000000: kvm_entry: vcpu 0, rip 0x1000",
+        "v-1 [000] d.. 2.000001: kvm_exit: vcpu 0 reason hlt rip 0x1000 info1 0 info2 0 intr_info 0 error_code 0",
+        "v-1 [000] d.. 1.000000: kvm_entry: vcpu 0, rip 0x1001",
+    ]
+    found = [r for e in KvmText("ftrace", lines).entries() for r in e.outcome if isinstance(r, Entered)]
+    assert found == [Entered(0)]
+
+
+@pytest.mark.parametrize(("between", "explained"), [(0xCFC, True), (0xCF8, False)])
+def test_only_a_change_of_pci_configuration_may_drop_a_mapping(between, explained):
+    entries = entries_of(TINY)
+    find = lambda kind, test: next(
+        entry
+        for entry in entries
+        if type(entry.step) is GuestExit and any(type(r) is kind and test(r) for r in entry.outcome)
+    )
+    fault = find(ke.KvmPageFault, lambda r: r.error_code == 0x1_0000_000E)
+    first = fault._replace(
+        outcome=tuple(
+            r._replace(error_code=r.error_code & ~8) if type(r) is ke.KvmPageFault else r for r in fault.outcome
+        ),
+    )
+    out = find(ke.KvmPio, lambda r: not r.is_in and r.elements == 1 and r.size == 1)
+    write = out._replace(
+        step=out.step._replace(exit_info_1=out.step.exit_info_1 & 0xFFFF | between << 16),
+        outcome=tuple(r._replace(port=between) if type(r) is ke.KvmPio else r for r in out.outcome),
+    )
+    tally = replay([first, fault, write, first])
+    assert bool(tally.explained["mapping was dropped"]) is explained
+    assert ("npf: reserved bit" in tally.divergences) is not explained
