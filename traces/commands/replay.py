@@ -63,7 +63,10 @@ def replay(
 def _is_recording(path: Path) -> bool:
     from sevlab.traces.reader import TraceReader
 
-    return path.suffix == ".sevtrace" and TraceReader(path).header.source.format == "recorded"
+    if path.suffix != ".sevtrace":
+        return False
+    with TraceReader(path) as reader:
+        return reader.header.source.format == "recorded"
 
 
 def _recorded(path: Path, limits: dict[str, Any], *, as_json: bool) -> bool:
