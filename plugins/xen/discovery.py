@@ -37,6 +37,10 @@ HYPERV_SIGNATURE = (0x7263_694D, 0x666F_736F, 0x7648_2074)
 HYPERV_INTERFACE = 0x3123_7648
 """Hv#1."""
 HYPERV_MAX_LEAF = 6
+MSR_HYPERV_OS_ID, MSR_HYPERV_HYPERCALL = 0x4000_0000, 0x4000_0001
+HYPERV_PAGE_ENABLED = 1
+HYPERV_STUB = bytes.fromhex("0d00000080 0f01d9 c3")
+"""`or eax, 80000000h`, which tells Hyper-V's calls from Xen's, `vmmcall`, `ret`."""
 MSR_HYPERCALL_PAGE, MSR_HYPERCALL_PAGE_VIRIDIAN = 0x4000_0000, 0x4000_0200
 IOMMU_MAPPINGS, VCPU_ID, DOMID, UPCALL_VECTOR, ALT_ABI = 1 << 2, 1 << 3, 1 << 4, 1 << 6, 1 << 7
 HOST_TSC_SAFE, HAS_RDTSCP = 1 << 1, 1 << 2
@@ -84,7 +88,8 @@ class Discovery:
         if self._settings.viridian:
             for leaf in range(HYPERV_MAX_LEAF + 1):
                 builder.cpuid.add(LEAVES + leaf, self.hyperv_leaf)
-            builder.guest_msrs.add(0x4000_0000, Msr(self.read_os_id, self.write_os_id))
+            builder.guest_msrs.add(MSR_HYPERV_OS_ID, Msr(self.read_os_id, self.write_os_id))
+            builder.guest_msrs.add(MSR_HYPERV_HYPERCALL, Msr(self.read_hyperv_page, self.write_hyperv_page))
         builder.guest_msrs.add(self.msr, Msr(lambda _m, _v, _n: 0, self.write_page))
 
     def xen_leaf(self, machine: Machine, vcpu: Vcpu | None, leaf: int, subleaf: int) -> Registers4:
@@ -148,6 +153,26 @@ class Discovery:
         if domain is None:
             return GP
         domain.hyperv_os_id = value
+        return None
+
+    @staticmethod
+    def read_hyperv_page(machine: Machine, vcpu: Vcpu | None, _number: int) -> int | Fault:
+        """HV_X64_MSR_HYPERCALL."""
+        domain = None if vcpu is None else domain_of(machine, vcpu)
+        return GP if domain is None else domain.hyperv_hypercall
+
+    @staticmethod
+    def write_hyperv_page(machine: Machine, vcpu: Vcpu | None, _number: int, value: int) -> Fault | None:
+        """HV_X64_MSR_HYPERCALL: with bit 0 the page at bits 63:12 is filled; one that cannot be written stays as it is,
+        and that is no fault. Source: Xen viridian.c (enable_hypercall_page).
+        """
+        domain = None if vcpu is None else domain_of(machine, vcpu)
+        if domain is None:
+            return GP
+        domain.hyperv_hypercall = value
+        spa = page_of(machine, domain, value >> PAGE_SHIFT) if value & HYPERV_PAGE_ENABLED else None
+        if spa is not None:
+            store(machine, spa, HYPERV_STUB.ljust(PAGE_BYTES, b"\xcc"))
         return None
 
     def write_page(self, machine: Machine, vcpu: Vcpu | None, _number: int, value: int) -> Fault | None:

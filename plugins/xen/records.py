@@ -42,6 +42,15 @@ class Upcall(NamedTuple):
     vcpu: Checked[int]
 
 
+@outcome("xen.traced", Boundary.HYPERCALL)
+class Traced(NamedTuple):
+    """A guest put an event of its own into Xen's trace."""
+
+    vcpu: Checked[int]
+    event: Checked[int]
+    data: Checked[bytes]
+
+
 @step("xen.console", Boundary.DEVICE)
 class ConsoleInput(NamedTuple):
     """The backend puts bytes into a domain's console ring, takes what the domain wrote, and notifies it."""
@@ -68,4 +77,4 @@ class BackendEvent(NamedTuple):
     vcpu: Input[int]
 
 
-RECORDS = (HypercallStep, Hypercalled, Upcall, ConsoleInput, ConsoleOutput, BackendEvent)
+RECORDS = (HypercallStep, Hypercalled, Upcall, Traced, ConsoleInput, ConsoleOutput, BackendEvent)

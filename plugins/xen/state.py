@@ -202,6 +202,7 @@ class Domain(Stateful):
     console: bytes = b""
     assists: int = 0
     hyperv_os_id: int = 0
+    hyperv_hypercall: int = 0
 
 
 class XenState(Stateful):

@@ -43,6 +43,8 @@ from sevlab.plugins.xen.arguments.memory import (
     AddToPhysmapBatch32,
     E820Entry,
     MemoryDomain,
+    MemoryExchange,
+    MemoryExchange32,
     MemoryMap,
     MemoryMap32,
     MemoryReservation,
@@ -85,7 +87,9 @@ from sevlab.plugins.xen.arguments.vcpus import (
     SingleshotTimer32,
     UpcallVector,
     VcpuHvmContext,
+    VcpuHvmContext32,
     Watchdog,
+    Xentrace,
 )
 
 LAYOUTS = (
@@ -138,6 +142,8 @@ __all__ = [
     "MapPirq",
     "MapPirq32",
     "MemoryDomain",
+    "MemoryExchange",
+    "MemoryExchange32",
     "MemoryMap",
     "MemoryMap32",
     "MemoryReservation",
@@ -170,5 +176,7 @@ __all__ = [
     "UnmapPirq",
     "UpcallVector",
     "VcpuHvmContext",
+    "VcpuHvmContext32",
     "Watchdog",
+    "Xentrace",
 ]

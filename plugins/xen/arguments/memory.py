@@ -25,6 +25,38 @@ class MemoryReservation32(Layout, size=20):
     domid = u16(16)
 
 
+class MemoryExchange(Layout, size=72):
+    """exchange: two reservations and how far it came."""
+
+    in_extent_start = u64(0)
+    in_nr_extents = u64(8)
+    in_extent_order = u32(16)
+    in_mem_flags = u32(20)
+    in_domid = u16(24)
+    out_extent_start = u64(32)
+    out_nr_extents = u64(40)
+    out_extent_order = u32(48)
+    out_mem_flags = u32(52)
+    out_domid = u16(56)
+    nr_exchanged = u64(64)
+
+
+class MemoryExchange32(Layout, size=44):
+    """The same, 32-bit."""
+
+    in_extent_start = u32(0)
+    in_nr_extents = u32(4)
+    in_extent_order = u32(8)
+    in_mem_flags = u32(12)
+    in_domid = u16(16)
+    out_extent_start = u32(20)
+    out_nr_extents = u32(24)
+    out_extent_order = u32(28)
+    out_mem_flags = u32(32)
+    out_domid = u16(36)
+    nr_exchanged = u32(40)
+
+
 class MemoryDomain(Layout, size=2):
     """current_reservation, maximum_reservation, maximum_gpfn."""
 
@@ -130,6 +162,8 @@ class E820Entry(Layout, size=20):
 LAYOUTS: tuple[type[Layout], ...] = (
     MemoryReservation,
     MemoryReservation32,
+    MemoryExchange,
+    MemoryExchange32,
     MemoryDomain,
     AddToPhysmap,
     AddToPhysmap32,

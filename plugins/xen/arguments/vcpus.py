@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sevlab.core.layout import Layout, u8, u16, u32, u64
+from sevlab.core.layout import Layout, raw_bytes, u8, u16, u32, u64
 
 
 class Shutdown(Layout, size=4):
@@ -75,7 +75,7 @@ class Area(Layout, size=8):
 
 
 class VcpuHvmContext(Layout, size=128):
-    """initialise, 64-bit mode; the 32-bit form of the registers is not modelled."""
+    """initialise, 64-bit mode."""
 
     mode = u32(0, values=(0, 1), doc="0 32-bit, 1 64-bit")
     pad = u32(4)
@@ -93,6 +93,52 @@ class VcpuHvmContext(Layout, size=128):
     cr3 = u64(96)
     cr4 = u64(104)
     efer = u64(112)
+
+
+class VcpuHvmContext32(Layout, size=128):
+    """initialise, 32-bit mode. Source: Xen xen/include/public/hvm/hvm_vcpu.h."""
+
+    mode = u32(0, values=(0,))
+    pad = u32(4)
+    eax = u32(8)
+    ecx = u32(12)
+    edx = u32(16)
+    ebx = u32(20)
+    esp = u32(24)
+    ebp = u32(28)
+    esi = u32(32)
+    edi = u32(36)
+    eip = u32(40)
+    eflags = u32(44)
+    cr0 = u32(48)
+    cr3 = u32(52)
+    cr4 = u32(56)
+    pad1 = u32(60)
+    efer = u64(64)
+    cs_base = u32(72)
+    ds_base = u32(76)
+    ss_base = u32(80)
+    es_base = u32(84)
+    tr_base = u32(88)
+    cs_limit = u32(92)
+    ds_limit = u32(96)
+    ss_limit = u32(100)
+    es_limit = u32(104)
+    tr_limit = u32(108)
+    cs_ar = u16(112, doc="bits 3:0 type, 4 S, 6:5 DPL, 7 P, 8 AVL, 9 L, 10 D/B, 11 G; the others 0")
+    ds_ar = u16(114)
+    ss_ar = u16(116)
+    es_ar = u16(118)
+    tr_ar = u16(120)
+    pad2 = raw_bytes(122, 6)
+
+
+class Xentrace(Layout, size=32):
+    """xentrace."""
+
+    event = u16(0)
+    extra_bytes = u16(2)
+    extra = raw_bytes(4, 28)
 
 
 class ContextPage(Layout, size=8):
@@ -149,6 +195,8 @@ LAYOUTS: tuple[type[Layout], ...] = (
     RegisterVcpuInfo,
     Area,
     VcpuHvmContext,
+    VcpuHvmContext32,
+    Xentrace,
     ContextPage,
     HvmParam,
     GetTime,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from sevlab.plugins.xen import clock, events
-from sevlab.plugins.xen.arguments import GetMemType, GetTime, HvmParam, PagetableDying, UpcallVector
+from sevlab.plugins.xen.arguments import GetMemType, GetTime, HvmParam, PagetableDying, UpcallVector, Xentrace
 from sevlab.plugins.xen.call import Call
 from sevlab.plugins.xen.frames import frame_spa
 from sevlab.plugins.xen.numbers import NR_PARAMS, Errno, Hvmop, Param
 from sevlab.plugins.xen.operations import Operation, run_operation
+from sevlab.plugins.xen.records import Traced
 from sevlab.plugins.xen.state import Domain, vcpu_of
 
 GUEST_SETS = frozenset(
@@ -212,12 +213,25 @@ def altp2m(call: Call, _handle: int) -> int:
 
 
 PARAM_FAST = (("domid", 2), ("index", 3))
+TRACE_GUEST, TRACE_SUBCLASS_SHIFT = 0x0800_F000, 12
+"""Source: Xen xen/include/public/trace.h."""
+
+
+def xentrace(call: Call, a: Any) -> int:
+    """Put an event of the guest's class into the trace, with up to seven words."""
+    if a.extra_bytes % 4 or a.extra_bytes > len(a.extra) or a.event >> TRACE_SUBCLASS_SHIFT:
+        return -Errno.EINVAL
+    call.machine.emit(Traced(call.vcpu.vcpu_id, a.event | TRACE_GUEST, a.extra[: a.extra_bytes]))
+    return 0
+
+
 OPERATIONS: dict[int, Operation] = {
     Hvmop.SET_PARAM: Operation(set_param, HvmParam, (), (*PARAM_FAST, ("value", 4))),
     Hvmop.GET_PARAM: Operation(get_param, HvmParam, ("value",), PARAM_FAST, (("value", 4),)),
     Hvmop.FLUSH_TLBS: Operation(flush_tlbs, fast=()),
     Hvmop.PAGETABLE_DYING: Operation(pagetable_dying, PagetableDying),
     Hvmop.GET_TIME: Operation(get_time, GetTime, ("now",), (), (("now", 2),)),
+    Hvmop.XENTRACE: Operation(xentrace, Xentrace),
     Hvmop.GET_MEM_TYPE: Operation(
         get_mem_type, GetMemType, ("mem_type",), (("domid", 2), ("pfn", 3)), (("mem_type", 4),)
     ),

@@ -16,6 +16,8 @@ from sevlab.plugins.xen.arguments import (
     AddToPhysmapBatch32,
     E820Entry,
     MemoryDomain,
+    MemoryExchange,
+    MemoryExchange32,
     MemoryMap,
     MemoryMap32,
     MemoryReservation,
@@ -47,7 +49,6 @@ DOMU_MAX_ORDER = 9
 """Largest extent of an ordinary domain: 2 MiB. Source: xen/include/asm-x86/config.h, CONFIG_DOMU_MAX_ORDER."""
 POPULATE_ON_DEMAND = 1 << 16
 E820_MAX = 1024
-EXCHANGE_BYTES, EXCHANGE_BYTES_32 = 72, 44
 RESERVATION = Shape(MemoryReservation, MemoryReservation32)
 
 
@@ -344,11 +345,52 @@ def toolstack_only(call: Call, _handle: int) -> int:
     return -Errno.EOPNOTSUPP if call.domain.is_control else -Errno.EPERM
 
 
+EXCHANGE = Shape(MemoryExchange, MemoryExchange32)
+
+
 def exchange(call: Call, handle: int) -> int:
-    """Exchange pages for others: the structure is read, the exchange itself is not modelled."""
-    if call.copy_in(handle, EXCHANGE_BYTES_32 if call.narrow else EXCHANGE_BYTES) is None:
+    """Exchange pages for others, which only a guest without nested paging can: an HVM guest gets EOPNOTSUPP when its
+    first page would be taken. How far it came is written back with the error.
+
+    Source: Xen xen/common/memory.c (memory_exchange), xen/arch/x86/mm.c (steal_page).
+    """
+    a = call.read(handle, EXCHANGE)
+    if a is None:
         return -Errno.EFAULT
-    return -Errno.EOPNOTSUPP
+    done, result = _may_exchange(call, a)
+    if result == 0:
+        return 0
+    field = call.layout(EXCHANGE).FIELDS["nr_exchanged"]
+    written = call.copy_out(handle + field.offset & call.mask, done.to_bytes(call.long_bytes, "little"))
+    return result if written else -Errno.EFAULT
+
+
+def _may_exchange(call: Call, a: Any) -> tuple[int, int]:
+    """(how far it came, a negated `Errno`), or 0 when nothing is left to do; chunks are of the larger extent."""
+    done = a.nr_exchanged
+    if max(a.in_extent_order, a.out_extent_order) > DOMU_MAX_ORDER:
+        return done, -Errno.EPERM
+    if (
+        done > a.in_nr_extents
+        or a.in_domid != a.out_domid
+        or call.mask >> a.in_extent_order < a.in_nr_extents
+        or call.mask >> a.out_extent_order < a.out_nr_extents
+        or a.in_nr_extents << a.in_extent_order != a.out_nr_extents << a.out_extent_order
+    ):
+        return done, -Errno.EINVAL
+    if done == a.in_nr_extents:
+        return done, 0
+    domain = call.any_domain(a.in_domid)
+    if domain is None:
+        return done, -Errno.ESRCH
+    if not call.may(domain):
+        return done, -Errno.EPERM
+    in_chunk = max(a.out_extent_order - a.in_extent_order, 0)
+    first = done >> in_chunk << in_chunk
+    gfn = call.read_long(a.in_extent_start + first * call.long_bytes & call.mask)
+    if gfn is None:
+        return first, -Errno.EFAULT
+    return first, -Errno.EINVAL if frame_spa(call.machine, domain, gfn) is None else -Errno.EOPNOTSUPP
 
 
 OPERATIONS: dict[int, Operation] = {
@@ -363,7 +405,6 @@ OPERATIONS: dict[int, Operation] = {
     Memop.SHARING_OP: Operation(toolstack_only),
     Memop.ACQUIRE_RESOURCE: Operation(toolstack_only),
     Memop.CLAIM_PAGES: Operation(toolstack_only),
-    Memop.EXCHANGE: Operation(exchange),
 }
 QUESTIONS = (Memop.CURRENT_RESERVATION, Memop.MAXIMUM_RESERVATION, Memop.MAXIMUM_GPFN)
 
@@ -380,6 +421,8 @@ def memory_op(call: Call) -> int:
         return add_to_physmap(call, handle, start)
     if operation == Memop.ADD_TO_PHYSMAP_BATCH:
         return add_to_physmap_batch(call, handle, start)
+    if operation == Memop.EXCHANGE:
+        return -Errno.EINVAL if start else exchange(call, handle)
     if operation in QUESTIONS:
         return -Errno.EINVAL if start else count(call, operation, handle)
     if operation == Memop.REMOVE_FROM_PHYSMAP:

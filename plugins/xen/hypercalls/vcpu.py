@@ -20,6 +20,7 @@ from sevlab.plugins.xen.arguments import (
     SingleshotTimer,
     SingleshotTimer32,
     VcpuHvmContext,
+    VcpuHvmContext32,
 )
 from sevlab.plugins.xen.call import Abi, Call
 from sevlab.plugins.xen.frames import fetch, may_write, page_of, store
@@ -30,6 +31,12 @@ from sevlab.plugins.xen.state import RunState, XenVcpu
 
 MODE_64 = 1
 FLAT_64, FLAT_DATA = 0xA9B, 0xC93
+EFER_SVME, EFER_LMA = 1 << 12, 1 << 10
+REGISTERS_64 = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip")
+REGISTERS_32 = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi", "eip")
+SEGMENTS = ("cs", "ds", "ss", "es")
+SEGMENT_ACCESSED, SEGMENT_PRESENT, SEGMENT_GRANULARITY = 1, 1 << 7, 1 << 11
+TSS_BUSY, BUSY_TSS = 2, 0xB
 RFLAGS_KEPT = 0x003F_7FD5
 MILLISECOND = 1_000_000
 MAX_PERIOD = (1 << 62) - 1
@@ -47,34 +54,91 @@ def target(call: Call) -> XenVcpu:
 
 
 def initialise(call: Call, a: Any) -> int:
-    """Give a vCPU its first registers; it stays down. Only the 64-bit form is modelled: 32-bit is EOPNOTSUPP. So is a
-    vCPU whose registers are encrypted: they were set and measured before it ran (UNVERIFIED: no such Xen exists).
+    """Give a vCPU its first registers; it stays down. A vCPU whose registers are encrypted got them, measured, before
+    it ran: EOPNOTSUPP (UNVERIFIED: no such Xen exists). CR4 and EFER are not held against the guest's CPUID.
+
+    Source: Xen xen/arch/x86/hvm/domain.c (arch_set_info_hvm_guest).
     """
     vcpu = target(call)
-    if call.machine.vcpus[vcpu.vcpu_id].vmcb.encryption_control & CONTROL_SEV_ES:
+    real = call.machine.vcpus[vcpu.vcpu_id]
+    if real.vmcb.encryption_control & CONTROL_SEV_ES:
         return -Errno.EOPNOTSUPP
     if vcpu.initialised:
         return -Errno.EEXIST
     if a.pad or a.mode > MODE_64:
         return -Errno.EINVAL
-    if a.mode != MODE_64:
-        return -Errno.EOPNOTSUPP
-    if signed(a.rip >> 47, 17) not in (0, -1):
+    narrow = a.mode != MODE_64
+    if narrow:
+        a = VcpuHvmContext32.from_bytes(a.to_bytes())
+    if not (_context_32_is_legal(a) if narrow else _context_64_is_legal(a)):
         return -Errno.EINVAL
-    if not a.cr0 & CR0_PG or not a.cr4 & CR4_PAE or not a.efer & EFER_LME:
-        return -Errno.EINVAL
-    real = call.machine.vcpus[vcpu.vcpu_id]
-    for name in ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip"):
-        setattr(real.regs, name, getattr(a, name))
-    real.regs.rflags = a.rflags & RFLAGS_KEPT | 2
+    for name in REGISTERS_32 if narrow else REGISTERS_64:
+        setattr(real.regs, "r" + name[1:], getattr(a, name))
+    real.regs.rflags = (a.eflags if narrow else a.rflags) & RFLAGS_KEPT | 2
     system = real.system
-    system.cr0, system.cr3, system.cr4, system.efer = a.cr0 | 1, a.cr3, a.cr4, a.efer | 1 << 12
-    system.cpl = 0
-    system.cs = (0, FLAT_64, 0xFFFF_FFFF, 0)
-    system.ds = system.ss = system.es = (0, FLAT_DATA, 0xFFFF_FFFF, 0)
-    system.tr = (0, 0x8B, 0x67, 0)
+    system.cr0, system.cr3, system.cr4 = a.cr0, a.cr3, a.cr4
+    system.efer = a.efer | EFER_SVME | (EFER_LMA if a.efer & EFER_LME else 0)
+    if narrow:
+        for name in SEGMENTS:
+            attributes = _attributes(getattr(a, name + "_ar"))
+            setattr(system, name, (0, attributes, getattr(a, name + "_limit"), getattr(a, name + "_base")))
+        system.tr = (0, a.tr_ar | TSS_BUSY, a.tr_limit, a.tr_base)
+        system.cpl = a.ss_ar >> 5 & 3
+    else:
+        system.cs = (0, FLAT_64, 0xFFFF_FFFF, 0)
+        system.ds = system.ss = system.es = (0, FLAT_DATA, 0xFFFF_FFFF, 0)
+        system.tr = (0, 0x8B, 0x67, 0)
+        system.cpl = 0
     vcpu.initialised = True
     return 0
+
+
+def _context_64_is_legal(a: Any) -> bool:
+    """A 64-bit vCPU starts in long mode with paging."""
+    canonical = signed(a.rip >> 47, 17) in (0, -1)
+    return canonical and bool(a.cr0 & CR0_PG and a.cr4 & CR4_PAE and a.efer & EFER_LME)
+
+
+def _attributes(value: int) -> int:
+    """A present segment has been accessed."""
+    return value | SEGMENT_ACCESSED if value & SEGMENT_PRESENT else value
+
+
+def _context_32_is_legal(a: Any) -> bool:
+    """Segments as a processor would load them; EIP inside the code segment; privileges that fit each other."""
+    if a.pad1 or any(a.pad2):
+        return False
+    cs, ds, ss, es = (_attributes(getattr(a, name + "_ar")) for name in SEGMENTS)
+    if not all(map(_segment_is_legal, SEGMENTS, (cs, ds, ss, es))) or not _segment_is_legal("tr", a.tr_ar | TSS_BUSY):
+        return False
+    limit = (a.cs_limit << 12 | 0xFFF) & 0xFFFF_FFFF if cs & SEGMENT_GRANULARITY else a.cs_limit
+    dpl = cs >> 5 & 3
+    if a.eip > limit or ss >> 5 & 3 != dpl:
+        return False
+    if any(data & SEGMENT_PRESENT and data >> 5 & 3 > dpl for data in (ds, es)):
+        return False
+    return not a.efer & EFER_LMA or bool(a.efer & EFER_LME)
+
+
+def _segment_is_legal(name: str, attributes: int) -> bool:
+    """Source: Xen xen/arch/x86/hvm/domain.c (check_segment)."""
+    kind, code_or_data = attributes & 0xF, bool(attributes & 0x10)
+    if attributes >> 12:
+        return False
+    if not attributes:
+        return name in ("ds", "es")
+    if (code_or_data or kind != BUSY_TSS) if name == "tr" else not code_or_data:
+        return False
+    if not attributes & SEGMENT_PRESENT:
+        return False
+    code, readable_or_writable = bool(kind & 8), bool(kind & 2)
+    return {
+        "cs": code,
+        "ss": not code and readable_or_writable,
+        "ds": not code or readable_or_writable,
+        "es": not code or readable_or_writable,
+        "tr": True,
+    }[name]
 
 
 def up(call: Call, _argument: Any) -> int:

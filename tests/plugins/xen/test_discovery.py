@@ -109,3 +109,21 @@ def test_a_hyperv_guest_gets_hints_once_it_has_said_what_it_is():
     eax, ebx, _, _ = cpuid(machine, 0x4000_0004)
     assert eax & (1 << 2 | 1 << 10 | 1 << 11) == 1 << 2 | 1 << 10 | 1 << 11
     assert ebx == 0x7FF
+
+
+def test_hyperv_s_page_marks_its_calls_by_bit_31():
+    machine = machine_of(viridian=True)
+    wrmsr(machine, 0x4000_0001, 0x5001)
+    guest = XenGuest(machine, 0, bounce_gpa=BOUNCE)
+    assert guest.read(0x5000, 4096) == bytes.fromhex("0d000000800f01d9c3").ljust(4096, b"\xcc")
+    guest.write(0x5000, bytes(16))
+    assert wrmsr(machine, 0x4000_0001, 0x5000).first(Injected) is None  # not enabled
+    assert guest.read(0x5000, 16) == bytes(16)
+    assert wrmsr(machine, 0x4000_0001, 1 << 50 | 1).first(Injected) is None  # no such page: no fault
+    regs = registers_of(machine, rcx=0x4000_0001, rax=0, rdx=0)
+    machine.apply(CpuExit(0, ExitCode.MSR, 0, 0, b"\x0f\x32", 0))
+    assert regs.rdx << 32 | regs.rax == 1 << 50 | 1
+
+
+def test_without_hyperv_its_hypercall_msr_does_not_exist():
+    assert wrmsr(machine_of(), 0x4000_0001, 0x5001).first(Injected) is not None

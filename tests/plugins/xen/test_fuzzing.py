@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sevlab.core.events import AdvanceClock, MemoryWrite, Party, Race, SetRegisters, Space
 from sevlab.core.oracle import OracleSink
@@ -121,6 +121,10 @@ def test_a_continuation_to_another_call_or_without_progress_is_found():
     assert findings(machine, "xen.continuation", step) == ["progress"]
 
 
+UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
+"""Examples here make machines: a failure is reported as it was found, since shrinking it would take minutes."""
+
+
 # Any input --------------------------------------------------------------------------------------------------------
 
 numbers = st.one_of(
@@ -158,7 +162,7 @@ others = st.one_of(
 @pytest.mark.slow
 @pytest.mark.parametrize("abi", ["none", "physical", "fast"])
 @pytest.mark.parametrize("start", ["long", "protected", "reset"])
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
 @given(steps=st.lists(st.one_of(calls, calls, buffers, others), max_size=12))
 def test_no_sequence_raises_or_upsets_an_oracle(abi, start, steps):
     machine = machine_of(abi=abi, start=start, viridian=abi == "physical", memory_bytes=16 << 20, preempt_after=3)
@@ -171,7 +175,7 @@ def test_no_sequence_raises_or_upsets_an_oracle(abi, start, steps):
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
 @given(data=st.data())
 def test_no_step_of_the_vocabulary_raises(data):
     machine = machine_of(abi="physical")
@@ -185,7 +189,7 @@ def small_machine():
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
 @given(
     number=st.sampled_from([int(nr) for nr in Nr]),
     command=st.integers(0, 30),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sevlab.plugins.xen import Errno, Memop, Nr, xen
-from sevlab.plugins.xen.arguments import AddToPhysmap, AddToPhysmapBatch, E820Entry, MemoryReservation
+from sevlab.plugins.xen.arguments import AddToPhysmap, AddToPhysmapBatch, E820Entry, MemoryExchange, MemoryReservation
 from sevlab.plugins.xen.domains import SLACK_PAGES
 from sevlab.plugins.xen.frames import frame_spa
 from sevlab.plugins.xen.numbers import Domid, MapSpace
@@ -211,3 +211,47 @@ def test_operations_of_toolstacks_and_unknown_ones(machine):
         assert call(machine, Nr.MEMORY_OP, command, PAGE) == -Errno.EPERM
     for command in (5, 8, 12, 12 | 1 << 6, 63):
         assert call(machine, Nr.MEMORY_OP, command, PAGE) == -Errno.ENOSYS
+
+
+# Exchange ---------------------------------------------------------------------------------------------------------
+
+
+def exchange(guest, **fields):
+    """(result, nr_exchanged afterwards) of an exchange of the frames 0x100 and 0x101."""
+    guest.write(PAGE, (0x100).to_bytes(8, "little") + (0x101).to_bytes(8, "little"))
+    both = {"in_domid": Domid.SELF, "out_domid": Domid.SELF, "in_nr_extents": 2, "out_nr_extents": 2}
+    places = {"in_extent_start": PAGE, "out_extent_start": PAGE, "nr_exchanged": 0}
+    guest.write(BOUNCE, MemoryExchange.build(**(both | places | fields)))
+    result = guest.call(Nr.MEMORY_OP, Memop.EXCHANGE, BOUNCE)
+    return result, guest.number(BOUNCE + 64, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "result", "exchanged"),
+    [
+        ({}, -Errno.EOPNOTSUPP, 0),
+        ({"nr_exchanged": 1}, -Errno.EOPNOTSUPP, 1),
+        ({"nr_exchanged": 1, "out_nr_extents": 1, "out_extent_order": 1}, -Errno.EOPNOTSUPP, 0),
+        ({"nr_exchanged": 2}, 0, 2),
+        ({"nr_exchanged": 3}, -Errno.EINVAL, 3),
+        ({"in_extent_order": 9, "out_extent_order": 9}, -Errno.EOPNOTSUPP, 0),
+        ({"in_extent_order": 10}, -Errno.EPERM, 0),
+        ({"out_extent_order": 10}, -Errno.EPERM, 0),
+        ({"out_nr_extents": 3}, -Errno.EINVAL, 0),
+        ({"out_domid": 1}, -Errno.EINVAL, 0),
+        ({"in_nr_extents": 1 << 63, "out_nr_extents": 1 << 63, "in_extent_order": 1}, -Errno.EINVAL, 0),
+        ({"in_domid": 77, "out_domid": 77}, -Errno.ESRCH, 0),
+        ({"in_domid": 2, "out_domid": 2}, -Errno.EPERM, 0),
+        ({"in_extent_start": 1 << 40}, -Errno.EFAULT, 0),
+        ({"in_extent_start": PAGE + 64}, -Errno.EOPNOTSUPP, 0),
+    ],
+)
+def test_an_hvm_guest_gets_through_all_checks_of_an_exchange_and_no_further(machine, fields, result, exchanged):
+    assert exchange(guest_of(machine), **fields) == (result, exchanged)
+
+
+def test_an_exchange_of_a_hole_and_from_a_start_extent_is_einval(machine):
+    guest = guest_of(machine)
+    reserve(guest, Memop.DECREASE_RESERVATION, 0x100)
+    assert exchange(guest) == (-Errno.EINVAL, 0)
+    assert guest.call(Nr.MEMORY_OP, Memop.EXCHANGE | 1 << 6, BOUNCE) == -Errno.EINVAL

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from sevlab.core.events import AdvanceClock
-from sevlab.plugins.xen import BackendEvent, Errno, Evtchnop, Hvmop, Nr, xen
-from sevlab.plugins.xen.arguments import ControlHead, DmOpBuf, PlatformStatus
+from sevlab.plugins.xen import BackendEvent, Errno, Evtchnop, Hvmop, Hypercalled, HypercallStep, Nr, xen
+from sevlab.plugins.xen.arguments import ControlHead, DmOpBuf, PlatformStatus, Xentrace
 from sevlab.plugins.xen.numbers import Domid, MapSpace, Param, Physdevop, Version
+from sevlab.plugins.xen.records import Traced
 
 from tests.plugins.xen.world import BOUNCE, INFO, PAGE, call, guest_of, machine_of
 
@@ -230,3 +231,21 @@ def test_coco_op_says_what_the_host_can_encrypt(plugins, platform, flags):
     assert call(machine, Nr.COCO_OP, 0, PAGE) == 0
     status = PlatformStatus.from_bytes(guest.read(PAGE, 24))
     assert (status.platform, status.platform_flags, status.flags) == (platform, flags, platform)
+
+
+def trace(guest, event, extra_bytes):
+    guest.write(BOUNCE, Xentrace.build(event=event, extra_bytes=extra_bytes, extra=bytes(range(28))))
+    return guest.machine.apply(HypercallStep(0, Nr.HVM_OP, Hvmop.XENTRACE, BOUNCE, 0, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize(("event", "extra_bytes"), [(0, 0), (0xFFF, 28), (5, 8)])
+def test_a_guest_traces_events_of_its_own(machine, event, extra_bytes):
+    traced = trace(guest_of(machine), event, extra_bytes).first(Traced)
+    assert traced == (0, 0x0800_F000 | event, bytes(range(extra_bytes)))
+
+
+@pytest.mark.parametrize(("event", "extra_bytes"), [(0x1000, 0), (1, 29), (1, 32), (1, 2)])
+def test_an_event_of_another_class_or_size_is_refused(machine, event, extra_bytes):
+    outcome = trace(guest_of(machine), event, extra_bytes)
+    assert outcome.first(Traced) is None
+    assert outcome.first(Hypercalled).result == -Errno.EINVAL & (1 << 64) - 1

@@ -6,7 +6,7 @@ import pytest
 from sevlab.core.events import AdvanceClock, CpuExit, Injected, Stopped
 from sevlab.core.svm import ExitCode, Vector
 from sevlab.plugins.xen import Errno, HypercallStep, Nr, Schedop, Vcpuop, xen
-from sevlab.plugins.xen.arguments import Area, Shutdown, VcpuHvmContext, Watchdog
+from sevlab.plugins.xen.arguments import Area, Shutdown, VcpuHvmContext, VcpuHvmContext32, Watchdog
 from sevlab.plugins.xen.layout import VcpuRunstateInfo, VcpuTimeInfo
 from sevlab.plugins.xen.numbers import Evtchnop, MapSpace, Virq
 
@@ -60,6 +60,58 @@ def test_first_registers_are_checked(machine, fields, result):
     guest = guest_of(machine)
     assert op(guest, Vcpuop.INITIALISE, 1, **(CONTEXT | fields)).result == result
     assert xen(machine).domains[1].vcpus[1].initialised == (result == 0)
+
+
+FLAT = {f"{name}_limit": 0xFFFF_FFFF for name in ("cs", "ds", "ss", "es")}
+CONTEXT_32 = FLAT | {"cr0": 0x11, "eip": 0x10_0000, "ebx": 7, "efer": 0, "eflags": 0, "tr_limit": 0x67}
+CONTEXT_32 |= {"cs_ar": 0xC9A, "ds_ar": 0xC92, "ss_ar": 0xC92, "es_ar": 0, "tr_ar": 0x89, "cs_base": 0x1000}
+
+
+def initialise_32(guest, **fields):
+    guest.write(BOUNCE, VcpuHvmContext32.build(**(CONTEXT_32 | fields)))
+    return guest.call(Nr.VCPU_OP, Vcpuop.INITIALISE, 1, BOUNCE)
+
+
+def test_a_vcpu_starts_in_32_bit_mode_with_the_segments_that_it_is_given(machine):
+    assert initialise_32(guest_of(machine), efer=0x100) == 0
+    vcpu = machine.vcpus[1]
+    assert (vcpu.regs.rip, vcpu.regs.rbx, vcpu.regs.rflags) == (0x10_0000, 7, 2)
+    system = vcpu.system
+    assert system.cs == (0, 0xC9B, 0xFFFF_FFFF, 0x1000)  # accessed
+    assert (system.ss[1], system.es[1], system.tr[1]) == (0xC93, 0, 0x8B)
+    assert (system.cr0, system.cpl, system.efer) == (0x11, 0, 0x1500)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pad1": 1},
+        {"pad2": bytes(5) + b"\1"},
+        {"cs_ar": 0},
+        {"cs_ar": 0xC92},
+        {"cs_ar": 0x1C9A},
+        {"cs_ar": 0xC1A},
+        {"cs_ar": 0xC8A},
+        {"ss_ar": 0xC9A},
+        {"ss_ar": 0xC90},
+        {"ss_ar": 0xCF2},
+        {"ds_ar": 0xC98},
+        {"ds_ar": 0xCF2},
+        {"es_ar": 0xCF2},
+        {"tr_ar": 0x99},
+        {"tr_ar": 0x81},
+        {"tr_ar": 0},
+        {"eip": 0x10_0000, "cs_ar": 0x49A, "cs_limit": 0xF_FFFF},
+        {"efer": 0x400},
+    ],
+)
+def test_32_bit_registers_that_no_processor_would_load_are_refused(machine, fields):
+    assert initialise_32(guest_of(machine), **fields) == -Errno.EINVAL
+    assert not xen(machine).domains[1].vcpus[1].initialised
+
+
+def test_the_limit_of_the_code_segment_counts_pages_where_it_says_so(machine):
+    assert initialise_32(guest_of(machine), cs_limit=0x100, eip=0x10_0FFF) == 0
 
 
 def test_the_last_vcpu_down_ends_the_domain(machine):
