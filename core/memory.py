@@ -446,10 +446,12 @@ class Memory:
         return len(self._saved)
 
     def capture(self) -> MemoryImage:
-        """Explicit data of all pages and keys."""
-        for pfn, page in list(self.pages.items()):
-            if page.key is DEFERRED:
-                self._settle(pfn, page)
+        """Explicit data of all pages and keys; a deferred page stays so: to be captured is not to be looked at."""
+        made = {
+            pfn: Page(bytearray(page.source[1]()), page.source[0], page.epoch, page.tag)
+            for pfn, page in list(self.pages.items())
+            if page.source is not None
+        }
         keys = tuple((key.key_id, key.xts_key, key.label) for key in self._keys.values())
         pages = tuple(
             (
@@ -460,7 +462,7 @@ class Memory:
                     bytes((page.tag,)) if page.tags is None else bytes(page.tags),
                 ),
             )
-            for pfn, page in sorted(self.pages.items())
+            for pfn, page in sorted((self.pages | made).items())
         )
         return MemoryImage(keys, pages)
 

@@ -76,10 +76,12 @@ class Exits:
             vmcb.interrupt_state = vmcb.interrupt_state & ~GUEST_IF | interrupts
         code = exit_.exit_code
         if code == VMGEXIT:
+            _store_at_exit(machine, vcpu)
             return exit_
         if exit_class(code, exit_.exit_info_1) is ExitClass.AE:
             if code in (ExitCode.HLT, ExitCode.PAUSE):
                 vcpu.regs.rip = exit_.next_rip or vcpu.regs.rip + len(exit_.insn) & MASK64
+            _store_at_exit(machine, vcpu)
             return _exit(CpuExit, (*exit_[:4], b"", 0))
         machine.emit(VcDelivered(vcpu.vcpu_id, code & 0xFFFF_FFFF))
         if self.handle_vc is not None:
@@ -145,6 +147,16 @@ def enter_encrypted(machine: Machine, vcpu: Vcpu, trusted: Callable[[bytes], boo
         loaded[vcpu.vcpu_id] = spa, vcpu.asid
     machine.memory.defer(spa, key, partial(_store, machine, vcpu, page), vcpu.tag)
     return None
+
+
+def _store_at_exit(machine: Machine, vcpu: Vcpu) -> None:
+    """#VMEXIT stores the state. A page that nobody looked at is as good as stored; a snapshot is such a look."""
+    spa = vcpu.vmcb.vmsa_pa
+    if machine.memory.deferred(spa) or sev_es_state(machine).loaded.get(vcpu.vcpu_id) != (spa, vcpu.asid):
+        return
+    key = machine.access.key_of(vcpu.asid, c_bit=True)
+    page = machine.memory.read(spa, PAGE_BYTES, key)
+    machine.memory.defer(spa, key, partial(_store, machine, vcpu, page), vcpu.tag)
 
 
 def _store(machine: Machine, vcpu: Vcpu, before: bytes) -> bytes:

@@ -187,7 +187,7 @@ def test_declarations_that_no_entry_uses_do_not_stop_a_replay():
 
 
 MILLIONS = """
-import resource, sys
+import re, sys
 from sevlab.core import events as ev
 from sevlab.core.config import MachineConfig
 from sevlab.traces.reader import TraceReader
@@ -201,7 +201,8 @@ with TraceWriter(path, Header(config=MachineConfig(plugins=("sme",)))) as writer
         writer.append(Entry(n * 40, n % 2, ev.CpuExit(n % 2, 0x7B, n * n % 7919, n, b"", 0), outcome))
 with TraceReader(path) as reader:
     assert sum(1 for _ in reader) == entries
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+status = open("/proc/self/status").read()  # not getrusage, which remembers the process that forked this one
+print(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
 """
 
 
@@ -217,5 +218,5 @@ def test_memory_stays_flat(tmp_path):
 
 
 @pytest.mark.long
-def test_ten_million_records_take_no_more_memory_than_a_few(tmp_path):
-    assert peak_kib(tmp_path / "a", 3_400_000) < 200 << 10
+def test_millions_of_records_take_no_more_memory_than_a_few(tmp_path):
+    assert peak_kib(tmp_path / "a", 700_000) < 100 << 10  # 2.1 million records

@@ -80,6 +80,19 @@ def test_two_looks_at_the_save_area_differ_when_a_register_changed(machine):
     assert changed == [Vmsa.FIELDS["rbx"].offset // 16]
 
 
+def test_a_snapshot_is_no_look_at_the_save_area(machine):
+    machine.snapshot()
+    machine.apply(SetRegisters(0, (("rax", 0x77),)))
+    assert vmsa_of(machine).rax == 0x77
+
+
+def test_an_exit_stores_the_state_in_a_restored_machine_too(machine):
+    machine.restore(machine.snapshot())
+    machine.apply(SetRegisters(0, (("rax", 0x77),)))
+    machine.apply(Vmgexit(0, 0x002, b""))
+    assert vmsa_of(machine).rax == 0x77
+
+
 @pytest.mark.parametrize("offset", [0x000, 0x178, 0x1F8, 0x3B0, 0x388, 0xFBF])
 def test_a_changed_save_area_makes_vmrun_fail(machine, offset):
     spa = machine.vcpus[0].vmcb.vmsa_pa
