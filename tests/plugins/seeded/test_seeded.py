@@ -33,6 +33,7 @@ def run(name, bugs, mode="live"):
     try:
         act(machine)
     except AttributeError as error:
+        assert (bool(bugs), BUGS[name].oracle) == (True, "crash")
         crash = str(error)
     counts = seeded_state(machine).canaries[name] if bugs else None
     return outcomes, (sink.findings, crash), counts, machine

@@ -10,7 +10,7 @@ from sevlab.core.events import AspCommand, CpuExit, MemoryWrite, Party, Race, Sc
 from sevlab.core.exitinfo import ioio_word
 from sevlab.core.svm import ExitCode, NpfError
 from sevlab.core.testing import make_machine
-from sevlab.plugins import seeded
+from sevlab.plugins import seeded, sev
 from sevlab.plugins.seeded.asp import LAYOUTS
 from sevlab.plugins.sev import Command, GuestState, Policy, launch_guest
 from sevlab.plugins.sev_es import ForgeReply, GuestSetup, NaeCode, Vmgexit, initial_vmsa, set_up_vcpus
@@ -223,9 +223,7 @@ def s18(machine):
 
 def s19(machine):
     victim = machine.hypervisor.vms[0].memory_spa + support.PRIVATE_GPA
-    spa = machine.hypervisor.allocate_pages(1)
-    buffer = LAYOUTS[Command.GET_ID].build(spa=victim, length=0x80)
-    driver.run_legacy(machine, Command.GET_ID, spa, buffer)
+    sev.run(machine, Command.GET_ID, spa=victim, length=0x80)
 
 
 def s20(machine):
