@@ -17,7 +17,7 @@ from sevlab.plugins.snp.buffers import SnpActivate, SnpGuestRequest
 from sevlab.plugins.snp.cert_table import CertTableRow
 from sevlab.plugins.snp.command_table import COMMAND_LAYOUTS, SNP, SNP_COMMANDS
 from sevlab.plugins.snp.firmware import MetadataHeader, MetadataSection
-from sevlab.plugins.snp.fuzzing import COUNTERS, ORACLES, TARGETS
+from sevlab.plugins.snp.fuzzing import COUNTERS, GHCB_PAYLOADS, ORACLES, TARGETS
 from sevlab.plugins.snp.guest_agent import Agent
 from sevlab.plugins.snp.guest_pages import GUEST_PAGE_LAYOUTS
 from sevlab.plugins.snp.guest_protocol import change_page_states
@@ -147,4 +147,4 @@ def sevlab_state_counters() -> tuple[StateCounter, ...]:
 
 @hookimpl
 def sevlab_payloads() -> tuple[Payload, ...]:
-    return (mailbox_payload(SNP, SNP_COMMANDS),)
+    return (mailbox_payload(SNP, SNP_COMMANDS), *GHCB_PAYLOADS)

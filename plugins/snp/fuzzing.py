@@ -1,4 +1,4 @@
-"""What fuzzing needs of SNP: targets, oracles, and coordinates of state feedback."""
+"""What fuzzing needs of SNP: what a VMGEXIT carries, targets, oracles, and coordinates of state feedback."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.events import Party
 from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
+from sevlab.core.payload import Message, Payload
+from sevlab.core.units import PAGE_MASK
 from sevlab.core.vocabulary import Outcome, Record, spec_of
+from sevlab.plugins.sev_es import Ghcb, MsrInfo, NaeCode, Vmgexit, msr_layout
 from sevlab.plugins.snp.context import VMPCKS
+from sevlab.plugins.snp.ghcb_events import EVENTS, MSR_REQUESTS
 from sevlab.plugins.snp.layout import ASID, ASID_SHIFT, ASSIGNED, PAGE_SIZE
 from sevlab.plugins.snp.records import MessageAnswered
 from sevlab.plugins.snp.rmp import BOOKKEEPING_BYTES, ENTRY_BYTES, PAGES_PER_2M, PAIR, state_of
@@ -176,3 +180,67 @@ COUNTERS: tuple[StateCounter, ...] = (
     StateCounter("snp.page", _pages),
     StateCounter("snp.vcpus", _vmpls),
 )
+
+
+# What a VMGEXIT of an SNP guest carries -------------------------------------------------------------------------------
+
+GHCB_GPA = 0x5000
+"""Where fuzzed guests have their GHCB."""
+
+CODE = Ghcb.FIELDS["sw_exit_code"]
+
+
+def _page_message(record: Record) -> int | None:
+    if not isinstance(record, Vmgexit) or record.ghcb_msr & PAGE_MASK:
+        return None
+    code = int.from_bytes(record.page[CODE.offset : CODE.offset + 8], "little")
+    return code if code in EVENTS else None
+
+
+def _place(machine: Machine, record: Record) -> int | None:
+    """SPA of the GHCB that a VMGEXIT names."""
+    vcpu = machine.vcpus.get(record.vcpu) if isinstance(record, Vmgexit) else None
+    return None if vcpu is None else machine.access.translate_gpa(vcpu, record.ghcb_msr)  # type: ignore[attr-defined]
+
+
+def _msr_message(record: Record) -> int | None:
+    info = record.ghcb_msr & msr_layout.INFO_MASK if isinstance(record, Vmgexit) else 0
+    return info if info in MSR_REQUESTS else None
+
+
+GHCB_PAYLOADS: tuple[Payload, ...] = (
+    Payload(
+        "sev_es.vmgexit",
+        "page",
+        _page_message,
+        tuple(
+            Message(
+                int(code),
+                NaeCode(code).name,
+                Ghcb,
+                {"ghcb_msr": GHCB_GPA},
+                {
+                    "sw_exit_code": int(code),
+                    "sw_exit_info_1": 0,
+                    "sw_exit_info_2": 0,
+                    "protocol_version": 2,
+                    **event.example,
+                    **({} if event.scratch is None else {"sw_scratch": GHCB_GPA + 0x800}),
+                },
+                event.inputs,
+            )
+            for code, event in sorted(EVENTS.items())
+        ),
+        place_of=_place,
+    ),
+    Payload(
+        "sev_es.vmgexit",
+        "ghcb_msr",
+        _msr_message,
+        tuple(
+            Message(int(info), MsrInfo(info).name, request.request, fields={"info": int(info)})
+            for info, request in sorted(MSR_REQUESTS.items())
+        ),
+    ),
+)
+"""The events and requests that this plugin adds to those of `sev_es`."""
