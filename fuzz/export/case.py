@@ -47,7 +47,7 @@ class Case:
         """What is said at the top of every reproducer, in lines."""
         config = self.header.config
         for found in self.findings:
-            yield f"{found.oracle}, rule {found.rule}: {found.message}"
+            yield f"{found.oracle}, rule {found.rule}: {' '.join(found.message.split())}"
             if found.handler or found.state:
                 yield f"  handler {found.handler or 'unknown'}; state {found.state or 'unknown'}"
         for number, entry in enumerate(self.entries):

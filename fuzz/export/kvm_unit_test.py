@@ -61,24 +61,23 @@ def _vmgexit(entry: Entry) -> Vmgexit | None:
 def _left_out(case: Case) -> list[str]:
     """What a guest alone cannot do, said step by step."""
     lines = []
-    vcpus = {step.vcpu for entry in case.entries if (step := _vmgexit(entry)) is not None}
+    steps = [step for entry in case.entries if (step := _vmgexit(entry)) is not None]
+    vcpus = {step.vcpu for step in steps}
     if len(vcpus) > 1:
         lines.append(f"The steps are of vCPUs {', '.join(map(str, sorted(vcpus)))}; here one vCPU takes them all.")
-    others = [
-        (number, entry)
+    lines += [
+        f"Not here, since no VMGEXIT: step {number}, {case.title(entry)} ({spec_of(entry.step).boundary.value})."
         for number, entry in enumerate(case.entries)
         if _vmgexit(entry) is None and type(entry.step) not in TRACE_RECORDS
     ]
-    for number, entry in others:
-        lines.append(f"Not here, since no VMGEXIT: step {number}, {case.title(entry)} ({_boundary(entry)}).")
     if any(isinstance(entry.step, State) for entry in case.entries):
         lines.append("Not here: the state that the trace sets; a real guest has been launched by its host.")
+    elsewhere = {step.ghcb_msr for step in steps if not step.ghcb_msr & PAGE_MASK} - {_ghcb_gpa(steps)}
+    if elsewhere:
+        shown = ", ".join(f"{gpa:#x}" for gpa in sorted(elsewhere))
+        lines.append(f"Requests in other pages than the firmware's GHCB: map {shown} shared first.")
     lines.append("Addresses inside the GHCB move with it; other guest-physical addresses are as in the model.")
     return lines
-
-
-def _boundary(entry: Entry) -> str:
-    return spec_of(entry.step).boundary.value
 
 
 def _ghcb_gpa(steps: list[Vmgexit]) -> int:

@@ -107,7 +107,7 @@ class Source:
 
 
 def _note(piece: Piece) -> str:
-    return f"  # in {piece.field}, not as a build sets it" if piece.field else ""
+    return f"  # in {piece.field}" if piece.field else ""
 
 
 def quoted(text: str) -> str:
