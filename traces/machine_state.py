@@ -8,7 +8,7 @@ imported; nothing is imported, and nothing but these kinds is made, whatever the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import Enum
 from itertools import zip_longest
 from typing import Any
@@ -51,6 +51,23 @@ def unpack_snapshot(data: bytes, before: Snapshot | None = None) -> Snapshot:
     if not isinstance(snapshot, Snapshot):
         raise TraceFormatError(f"machine state: expected a snapshot, found {type(snapshot).__name__}")
     return snapshot
+
+
+def without_components(data: bytes, plugins: Collection[str]) -> bytes:
+    """The bytes of a snapshot without the components of these plugins: for the same machine composed without them."""
+    snapshot = _unpack(data)
+    if snapshot is Stand.KEPT:
+        return data
+    if not isinstance(snapshot, Snapshot):
+        raise TraceFormatError(f"machine state: expected a snapshot, found {type(snapshot).__name__}")
+    if not isinstance(snapshot.state, StateImage):  # only memory changed
+        return data
+    tree = dict(snapshot.state.values)
+    components = tree["components"]
+    if isinstance(components, StateImage):
+        left = tuple((name, item) for name, item in components.values if name.partition(".")[0] not in plugins)
+        tree["components"] = StateImage(StateDict, left)
+    return _pack(snapshot._replace(state=StateImage(StateDict, tuple(tree.items()))))
 
 
 def _changed(value: Any, before: Any) -> Any:
