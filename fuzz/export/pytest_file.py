@@ -8,9 +8,10 @@ from typing import Any
 from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.fuzz.export.case import Case, without
 from sevlab.fuzz.export.literals import INDENT, Source, call, quoted
-from sevlab.traces.records import End, Found, Violation
+from sevlab.traces.machine_state import without_components
+from sevlab.traces.records import End, Found, State, Violation
 from sevlab.traces.replay_recorded import machine_of, perform
-from sevlab.traces.schema import Header, PluginVersion
+from sevlab.traces.schema import Entry, Header, PluginVersion
 
 WITH_FAULT = "SEVLAB_WITH_FAULT"
 """Environment variable: compose the machine with the fault that the trace was recorded with."""
@@ -22,7 +23,7 @@ def text(case: Case) -> str:
     for used in (Header, machine_of, perform, Found, Violation, PluginVersion):
         source.imports.setdefault(used.__module__, set()).add(used.__name__)
     steps = [
-        f"{INDENT}# {number}: {case.title(entry)}\n{INDENT}{source.record(entry.step, case.carried(entry), 1)},"
+        f"{INDENT}# {number}: {case.title(entry)}\n{INDENT}{_step(case, entry, source)},"
         for number, entry in enumerate(case.entries)
     ]
     if not any(isinstance(entry.step, End) for entry in case.entries):
@@ -60,6 +61,15 @@ def with_bytes(data, pieces):
 '''
 
 
+def _step(case: Case, entry: Entry, source: Source) -> str:
+    """A step; a state, which holds the counters of a planted fault, with and without them."""
+    text = source.record(entry.step, case.carried(entry), 1)
+    if not case.faults or not isinstance(entry.step, State):
+        return text
+    clean = State(without_components(entry.step.snapshot, case.faults))
+    return text if clean == entry.step else f"{text} if WITH_FAULT else {source.record(clean, None, 1)}"
+
+
 def _docstring(case: Case) -> list[str]:
     lines = [line.replace("\\", "\\\\").replace('"""', "'''") for line in case.about()]
     lines += ["", "Red where the fault is, green where it is not: run it with pytest."]
@@ -80,7 +90,8 @@ def _header(case: Case, source: Source) -> list[str]:
     if case.faults:
         faulty = [plugin for plugin in case.header.plugins if plugin.name in case.faults]
         lines += [
-            f'if os.environ.get("{WITH_FAULT}"):',
+            f'WITH_FAULT = bool(os.environ.get("{WITH_FAULT}"))',
+            "if WITH_FAULT:",
             f"{INDENT}CONFIG = {_config(config, source, 1)}",
             f"{INDENT}PLUGINS = (*PLUGINS, *{_plugins(faulty, 1)})",
         ]
