@@ -115,7 +115,10 @@ class Machine:
             return Outcome((Refused("the sequence ended with a violation"),))
         handler = self.tables.steps.get(type(step))
         fetches = self.fetches
-        fetches.count = 0
+        if fetches.watched:
+            fetches.begin()
+        else:
+            fetches.count = 0
         if handler is None:
             return Outcome((Refused(f"no plugin handles a step of kind {spec_of(step).kind!r}"),))
         try:

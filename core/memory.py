@@ -35,6 +35,9 @@ TAG_PUBLIC = 4
 """Put into the open on purpose by its owner."""
 TAG_FIRST_GUEST = 16
 
+SCRAMBLED = bytes((TAG_POISON,)) + bytes((TAG_PUBLIC,)) * 255
+"""By tag: whose bytes are under another key than their owner's. What is written stays written, and is no secret."""
+
 
 def guest_tag(vm_id: int) -> int:
     """The tag of guest `vm_id`'s private data; a byte, so that guests more than 240 apart share one."""
@@ -215,8 +218,10 @@ class Memory:
         fresh = Page(bytearray(self._view(page, pfn, key)) if keep else bytearray(PAGE_BYTES), key, epoch)
         old_key = None
         if page is not None:
-            fresh.tag = page.tag
-            fresh.tags = None if page.tags is None else page.tags[:]
+            same = page.key is key
+            fresh.tag = page.tag if same else SCRAMBLED[page.tag]
+            if page.tags is not None:
+                fresh.tags = page.tags[:] if same else page.tags.translate(SCRAMBLED)
             old_key = page.key
         if pfn in self.lent:
             self._recall(pfn)
@@ -415,6 +420,10 @@ class Memory:
         """CLFLUSH or VM_PAGE_FLUSH of the page at `spa`."""
 
     # Reset and snapshot -----------------------------------------------------------------------------------------
+
+    def written(self) -> tuple[int, ...]:
+        """Numbers of the pages that were written since the mark."""
+        return tuple(self._saved)
 
     def mark(self) -> None:
         """Make the present content what `reset` returns to."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from hashlib import sha1
 from pathlib import Path
 from random import Random
 from tempfile import mkdtemp
 from types import CodeType, FunctionType
 
 from sevlab.core.plugins import PluginSet
-from sevlab.fuzz.engine import Budget, Told, typed_mutation
+from sevlab.fuzz.engine import Budget, Incoming, Told, nothing, typed_mutation
 from sevlab.fuzz.feedback import AtherisCounters
 from sevlab.fuzz.runner import Runner
 
@@ -25,6 +27,7 @@ HANDLERS = ("sevlab.core.steps", "sevlab.core.asp", "sevlab.core.hypervisor", "s
 LEFT_ALONE = (".commands", ".demo", ".fuzzing", ".layout", ".buffers", ".numbers", ".command")
 """Modules of a plugin without behaviour of their own, by the end of their names."""
 
+LISTEN_SECONDS = 2.0
 RAW = 0.1
 """How often libFuzzer's own mutations change the bytes."""
 
@@ -67,7 +70,9 @@ class AtherisEngine:
     def __init__(self, arguments: Sequence[str] = ()) -> None:
         self._arguments = list(arguments)
 
-    def fuzz(self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told) -> None:
+    def fuzz(
+        self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told, incoming: Incoming = nothing
+    ) -> None:
         """Run and end the process; `told` returning False ends it too."""
         import atheris
 
@@ -78,7 +83,13 @@ class AtherisEngine:
         rng = Random(budget.seed)
         codec, mutator = runner.codec, runner.mutator
 
+        listened = [time.monotonic()]
+
         def one_input(data: bytes) -> None:
+            if time.monotonic() - listened[0] > LISTEN_SECONDS:  # libFuzzer reads its folder again every second
+                listened[0] = time.monotonic()
+                for other in incoming():
+                    (folder / sha1(other, usedforsecurity=False).hexdigest()).write_bytes(other)
             steps = codec.decode(data)
             if not told(data, steps, runner.run(steps, learn=True)):
                 sys.stdout.flush()
@@ -97,7 +108,13 @@ class AtherisEngine:
             made = codec.encode(mutator.crossover(codec.decode(first), codec.decode(second)))
             return made if len(made) <= max_size else first
 
-        options = [f"-max_len={budget.max_bytes}", f"-seed={budget.seed}", "-detect_leaks=0", "-len_control=0"]
+        options = [
+            f"-max_len={budget.max_bytes}",
+            f"-seed={budget.seed}",
+            "-detect_leaks=0",
+            "-len_control=0",
+            "-reload=1",
+        ]
         options += [f"-max_total_time={int(budget.seconds)}"] if budget.seconds else []
         options += [f"-runs={budget.runs}"] if budget.runs else []
         arguments = [sys.argv[0], *options, *self._arguments, str(folder)]

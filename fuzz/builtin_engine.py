@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from random import Random
 
-from sevlab.fuzz.engine import Budget, Told, typed_mutation
+from sevlab.fuzz.engine import Budget, Incoming, Told, nothing, typed_mutation
 from sevlab.fuzz.runner import Runner
 
 CROSSOVER, FRESH = 0.12, 0.05
@@ -16,20 +16,26 @@ RECENT = 0.5
 """How often the input to change is one of the newest."""
 
 NEWEST = 32
+LISTEN_EVERY = 512
+"""So many inputs between two looks at what other workers found."""
 
 
 class BuiltinEngine:
-    """See `core` of the module: choose, change, run, keep."""
+    """Choose, change, run, keep."""
 
     name = "builtin"
 
-    def fuzz(self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told) -> None:
+    def fuzz(
+        self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told, incoming: Incoming = nothing
+    ) -> None:
         rng = Random(budget.seed)
         kept: list[bytes] = []
         runs = 0
         end = time.monotonic() + budget.seconds if budget.seconds else None
         waiting = list(reversed(corpus))
         while (not budget.runs or runs < budget.runs) and (end is None or time.monotonic() < end):
+            if runs % LISTEN_EVERY == LISTEN_EVERY - 1:
+                waiting += incoming()
             seed = bool(waiting)
             data = waiting.pop() if waiting else self._make(runner, kept, rng)
             if len(data) > budget.max_bytes:

@@ -16,6 +16,13 @@ ENGINES = ("atheris", "builtin")
 Told = Callable[[bytes, Sequence[Record], Run], bool]
 """Called after each input with its bytes, its steps and what it did; False ends the loop."""
 
+Incoming = Callable[[], list[bytes]]
+
+
+def nothing() -> list[bytes]:
+    """No inputs from others."""
+    return []
+
 
 class Budget(NamedTuple):
     """When the loop ends: after seconds, after inputs (0: no limit); how long an input may be; the seed."""
@@ -31,8 +38,13 @@ class Engine(Protocol):
 
     name: str
 
-    def fuzz(self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told) -> None:
-        """Run until the budget is used up or `told` says so. An engine may end the process instead of returning."""
+    def fuzz(
+        self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told, incoming: Incoming = nothing
+    ) -> None:
+        """Run until the budget is used up or `told` says so. An engine may end the process instead of returning.
+
+        `incoming` gives inputs that others have kept meanwhile.
+        """
 
 
 def make_engine(name: str | None = None) -> Engine:

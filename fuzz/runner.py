@@ -5,12 +5,13 @@ Harness, campaign, minimisation, benchmark and tests all run inputs here, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
 from sevlab.core.config import MachineConfig
 from sevlab.core.errors import CampaignError, InvariantViolation
+from sevlab.core.listening import listening
 from sevlab.core.machine import Machine
 from sevlab.core.oracle import Finding, Oracle, OracleSink, Target
 from sevlab.core.plugins import PluginSet, load
@@ -20,6 +21,9 @@ from sevlab.fuzz.feedback import Feedback
 from sevlab.fuzz.messages import Messages
 from sevlab.fuzz.mutators import Mutator
 from sevlab.fuzz.pools import Pools
+
+EVERYWHERE = "oracles"
+"""The plugin whose oracles judge every target."""
 
 
 class Run(NamedTuple):
@@ -47,7 +51,7 @@ class Runner:
         seed: int = 0,
     ) -> None:
         self.target = target
-        names = tuple(dict.fromkeys((*target.plugins, *extra)))
+        names = tuple(dict.fromkeys((*target.plugins, EVERYWHERE, *extra)))
         self.plugins: PluginSet = load([*names, *(given or {})], given=given)
         self.config = MachineConfig(plugins=names, guests=target.guests, options=target.options)
         self.machine = Machine(self.config, plugins=self.plugins)
@@ -57,6 +61,7 @@ class Runner:
         self._boot()
         self.oracles = tuple(oracles) if oracles is not None else chosen_oracles(target, self.plugins)
         self.sink = self.machine.sink = OracleSink(self.oracles)
+        self.machine.fetches.keep_log(keep=True)
         self.feedback = Feedback(self.machine, self.plugins, self.messages)
         self.feedback.begin()
         self.mutator = Mutator(self.machine, self.codec, self.messages, self.pools, Random(seed))
@@ -76,7 +81,10 @@ class Runner:
         """The target's benign sequences, as far as its kinds hold them."""
         if self.target.seeds is None:
             return []
-        found = self.target.seeds(Machine(self.config, plugins=self.plugins))
+        machine = Machine(self.config, plugins=self.plugins)
+        if self.target.boot is not None:
+            self.target.boot(machine)
+        found = self.target.seeds(machine)
         kept = [tuple(step for step in steps if self.codec.accepts(step))[:64] for steps in found]
         return [steps for steps in kept if steps]
 
@@ -123,30 +131,11 @@ def crash(error: Exception, step: Record) -> Finding:
 
 
 def chosen_oracles(target: Target, plugins: PluginSet) -> tuple[Oracle, ...]:
-    """The oracles that the target names. Raises `CampaignError` for one that no plugin brings."""
-    known = {oracle.name: oracle for found in plugins.call("sevlab_oracles").values() for oracle in found}
-    for name in target.oracles:
+    """The oracles that the target names, and those for every target. Raises `CampaignError` for one that is missing."""
+    brought = plugins.call("sevlab_oracles")
+    known = {oracle.name: oracle for found in brought.values() for oracle in found}
+    names = tuple(dict.fromkeys((*target.oracles, *(oracle.name for oracle in brought.get(EVERYWHERE, ())))))
+    for name in names:
         if name not in known:
             raise CampaignError(f"target {target.name!r}: no oracle {name!r}; there are {', '.join(sorted(known))}")
-    return tuple(known[name] for name in target.oracles)
-
-
-class listening:  # noqa: N801  # used as a context manager, like contextlib's
-    """While inside, `told(step, outcome)` is called for every step that is applied to `machine`, by whomever."""
-
-    def __init__(self, machine: Machine, told: Callable[[Record, Outcome], None]) -> None:
-        self._machine = machine
-        self._told = told
-
-    def __enter__(self) -> None:
-        apply = self._machine.apply
-
-        def heard(step: Record) -> Outcome:
-            outcome = apply(step)
-            self._told(step, outcome)
-            return outcome
-
-        self._machine.apply = heard  # type: ignore[method-assign]  # drivers apply steps out of sight
-
-    def __exit__(self, *_error: object) -> None:
-        del self._machine.apply
+    return tuple(known[name] for name in names)

@@ -25,6 +25,7 @@ from sevlab.plugins.io.devices.pic import INITIALISATION
 from sevlab.plugins.io.emulate import Executed, Unsupported, execute
 from sevlab.plugins.io.execution import Bus, write_register
 from sevlab.plugins.io.feasibility import EVENTS, Way, way
+from sevlab.plugins.io.fuzzing import PAYLOADS, TARGETS
 from sevlab.plugins.io.injection import inject_exception, inject_software, reinjection
 from sevlab.plugins.io.interrupts import nmi_complete, wake
 from sevlab.plugins.io.layout import EventWord, IoioInfo, ioio_word
@@ -34,6 +35,8 @@ from sevlab.plugins.io.records import InterruptLine, MmioAccessed, PortAccessed,
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
+    from sevlab.core.oracle import Target
+    from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
 REQUIRES: tuple[str, ...] = ()
@@ -102,6 +105,16 @@ def sevlab_layouts() -> tuple[type[Layout], ...]:
 @hookimpl
 def sevlab_state_machines() -> tuple[StateMachine[Any, Any, Any], ...]:
     return (INITIALISATION,)
+
+
+@hookimpl
+def sevlab_payloads() -> tuple[Payload, ...]:
+    return PAYLOADS
+
+
+@hookimpl
+def sevlab_targets() -> tuple[Target, ...]:
+    return TARGETS
 
 
 @hookimpl

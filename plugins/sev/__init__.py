@@ -30,6 +30,7 @@ from sevlab.plugins.sev.driver import (
     run,
     stop_guest,
 )
+from sevlab.plugins.sev.fuzzing import ORACLES, TARGETS
 from sevlab.plugins.sev.host import CoreWbinvd
 from sevlab.plugins.sev.launch_digest import SevLaunchDigest
 from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
+    from sevlab.core.oracle import Oracle, Target
     from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
@@ -166,3 +168,13 @@ def sevlab_state_counters() -> tuple[StateCounter, ...]:
 @hookimpl
 def sevlab_payloads() -> tuple[Payload, ...]:
     return (mailbox_payload(LEGACY, LEGACY_COMMANDS),)
+
+
+@hookimpl
+def sevlab_oracles() -> tuple[Oracle, ...]:
+    return ORACLES
+
+
+@hookimpl
+def sevlab_targets() -> tuple[Target, ...]:
+    return TARGETS

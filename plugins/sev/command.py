@@ -141,6 +141,11 @@ def entry(family: Family, declared: MailboxCommand) -> AspCommandEntry:
     return AspCommandEntry(number.name, declared.buffer_bytes, run)
 
 
+def _place(_machine: Machine, record: Record) -> int | None:
+    """Where a command buffer lies."""
+    return getattr(record, "spa", 0) or None
+
+
 def mailbox_payload(family: Family, commands: Iterable[MailboxCommand]) -> Payload:
     """What the step `asp.command` and its outcome carry for the commands of a family."""
     numbers = frozenset(int(declared.command) for declared in commands)
@@ -159,7 +164,7 @@ def mailbox_payload(family: Family, commands: Iterable[MailboxCommand]) -> Paylo
         )
         for declared in commands
     )
-    return Payload("asp.command", "buffer", message_of, messages, answer=("asp-status", "buffer"))
+    return Payload("asp.command", "buffer", message_of, messages, place_of=_place, answer=("asp-status", "buffer"))
 
 
 def error_stack(status: Status) -> int:

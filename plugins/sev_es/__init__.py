@@ -34,7 +34,7 @@ from sevlab.plugins.sev_es.declare import (
 )
 from sevlab.plugins.sev_es.events import EVENTS as REGISTER_EVENTS
 from sevlab.plugins.sev_es.exits import ExitClass, exit_class
-from sevlab.plugins.sev_es.fuzzing import PAYLOADS
+from sevlab.plugins.sev_es.fuzzing import ORACLES, PAYLOADS, TARGETS
 from sevlab.plugins.sev_es.ghcb import (
     PROTOCOL_MAX,
     PROTOCOL_MIN,
@@ -106,6 +106,7 @@ if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
     from sevlab.core.machine import Machine
+    from sevlab.core.oracle import Oracle, Target
     from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
@@ -278,3 +279,13 @@ def sevlab_layouts() -> tuple[type[Layout], ...]:
 @hookimpl
 def sevlab_payloads() -> tuple[Payload, ...]:
     return PAYLOADS
+
+
+@hookimpl
+def sevlab_oracles() -> tuple[Oracle, ...]:
+    return ORACLES
+
+
+@hookimpl
+def sevlab_targets() -> tuple[Target, ...]:
+    return TARGETS

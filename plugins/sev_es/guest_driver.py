@@ -17,7 +17,7 @@ from sevlab.core.cpu import FaultUnwind
 from sevlab.core.events import CpuExit, Done, Fault, Refused
 from sevlab.core.memory import TAG_PUBLIC
 from sevlab.core.state import StateDict, Stateful, capture, new, restore
-from sevlab.core.svm import ExitCode, Vector
+from sevlab.core.svm import Vector
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
 from sevlab.plugins.sev_es.ghcb import (
     SHARED_BUFFER_BYTES,
@@ -124,7 +124,6 @@ class ReferenceGuest:
     def context(self, machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> VcContext:
         """The #VC as a handler sees it, with ways into the vCPU's memory."""
         access = machine.access
-        fault_gpa = exit_.exit_info_2
 
         def read(linear: int, count: int) -> bytes:
             return access.guest_read(vcpu, linear, count)
@@ -135,8 +134,6 @@ class ReferenceGuest:
         def translate(linear: int, to_write: bool) -> tuple[int, bool]:  # noqa: FBT001  # a callback
             kind = WRITE if to_write else READ
             gpa = access.guest_gpa(vcpu, linear, kind)
-            if exit_.exit_code == ExitCode.NPF and gpa & ~PAGE_MASK == fault_gpa & ~PAGE_MASK:
-                return gpa, False  # the page that faulted is the device's
             return gpa, machine.vm_of(vcpu).c_bit_mask != 0 and gpa < machine.vm_of(vcpu).memory_bytes
 
         side = guest_side(machine, vcpu)

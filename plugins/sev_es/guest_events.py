@@ -21,6 +21,7 @@ from sevlab.plugins.sev_es.guest import (
     Outcome,
     PageExit,
     VcContext,
+    VcEnd,
     VcHandler,
     VcResult,
     call,
@@ -171,8 +172,14 @@ def dr7_write(context: VcContext, insn: VcInsn) -> VcHandler:
 
 
 def _dr7_register(insn: VcInsn, operand: int) -> str:
+    """The register that goes to or comes from DR7; any other MOV cannot raise this #VC.
+
+    Source: Linux vc-shared.c (vc_check_opcode_bytes).
+    """
     import iced_x86
 
+    if insn.raw.op_register(1 - operand) != iced_x86.Register.DR7:
+        raise VcEnd(VcResult(Outcome.UNSUPPORTED, reason="#VC of DR7 at another MOV"))
     register = insn.raw.op_register(operand)
     first = iced_x86.Register.RAX if register >= iced_x86.Register.RAX else iced_x86.Register.EAX
     return GPR_NAMES[int(register - first)]

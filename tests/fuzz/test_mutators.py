@@ -152,7 +152,7 @@ def test_fresh_commands_initialise_a_platform():
     runner = Runner(target, seed=2)
     kept = []
     rng = Random(2)
-    for _ in range(1500):
+    for _ in range(700):
         steps = runner.mutator.mutate(rng.choice(kept) if kept else ())
         if runner.run(steps, learn=True).new:
             kept.append(steps)

@@ -1,0 +1,24 @@
+"""The commands of fuzzing, as data: nothing is imported to list them."""
+
+from __future__ import annotations
+
+from sevlab.core.cliapi import CommandSpec
+from sevlab.core.hookspecs import hookimpl
+
+_HERE = "sevlab.fuzz.commands"
+
+COMMANDS: tuple[CommandSpec, ...] = (
+    CommandSpec("targets", "List what there is to fuzz", f"{_HERE}.run:targets", "fuzz"),
+    CommandSpec("run", "Run or resume a campaign", f"{_HERE}.run:run", "fuzz"),
+    CommandSpec("status", "Show the numbers of a campaign", f"{_HERE}.results:status", "fuzz"),
+    CommandSpec("triage", "Minimise the findings of a campaign and tell each", f"{_HERE}.results:triage", "fuzz"),
+    CommandSpec("cover", "Show which messages and states a campaign reached", f"{_HERE}.results:cover", "fuzz"),
+    CommandSpec("corpus", "Import, export or minimise a campaign's corpus", f"{_HERE}.corpus:corpus", "fuzz"),
+    CommandSpec("export", "Write a finding as pytest or JSON", f"{_HERE}.results:export", "fuzz"),
+)
+
+
+@hookimpl
+def sevlab_commands() -> tuple[CommandSpec, ...]:
+    """The commands."""
+    return COMMANDS

@@ -1,0 +1,147 @@
+"""One worker of a campaign: a process that fuzzes one target and writes what it finds into the campaign's store.
+
+`python -m sevlab.fuzz.worker DIR TARGET NUMBER JSON`; the campaign starts it, and starts it again when it dies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sevlab.core.oracle import Finding
+from sevlab.core.vocabulary import Record
+from sevlab.fuzz.engine import Budget, make_engine
+from sevlab.fuzz.paired import Paired
+from sevlab.fuzz.runner import Run, Runner
+from sevlab.fuzz.store import Store
+from sevlab.fuzz.targets import all_targets, target_named
+
+REPORT_SECONDS = 1.0
+INPUT_SECONDS = 10.0
+"""An input that takes longer is a finding."""
+
+MEMORY_BYTES = 4 << 30
+
+
+class InputTooSlow(Exception):
+    """An input used up its time."""
+
+
+def _too_slow(_signal: int, _frame: FrameType | None) -> None:
+    raise InputTooSlow(f"an input ran for more than {INPUT_SECONDS:g} s")
+
+
+class Worker:
+    """Keeps the books of one worker."""
+
+    def __init__(self, store: Store, runner: Runner, number: int) -> None:
+        self._store = store
+        self._runner = runner
+        self._number = number
+        self._target = runner.target.name
+        self._paired = Paired(runner)
+        self._at = time.monotonic()
+        self._cpu = time.process_time()
+        self._inputs = self._steps = 0
+        self._new = False
+        self._known: set[Any] = set()
+        self._last = max((number for number, _ in store.inputs(self._target)), default=0)
+
+    def told(self, data: bytes, steps: Sequence[Record], run: Run) -> bool:
+        """Take the result of one input."""
+        signal.setitimer(signal.ITIMER_REAL, INPUT_SECONDS)
+        self._inputs += 1
+        self._steps += run.steps
+        findings = run.findings
+        if run.new:
+            self._new = True
+            self._store.add_input(self._target, data, worker=self._number, new=run.new)
+        if not findings and (run.new or not self._inputs % self._paired.EVERY):
+            findings = self._paired.judge(steps)
+        if findings:
+            self._keep(data, steps, findings)
+        if time.monotonic() - self._at >= REPORT_SECONDS:
+            self.report()
+        return True
+
+    def _keep(self, data: bytes, steps: Sequence[Record], findings: Sequence[Finding]) -> None:
+        """Store what is found; a finding that a second run does not show is flaky."""
+        again = {
+            (found.oracle, found.rule) for found in (*self._runner.run(steps).findings, *self._paired.judge(steps))
+        }
+        for finding in findings:
+            flaky = (finding.oracle, finding.rule) not in again
+            self._store.add_finding(self._target, finding, data, flaky=flaky)
+
+    def report(self) -> None:
+        """Write the numbers since the last report."""
+        now, cpu, feedback = time.monotonic(), time.process_time(), self._runner.feedback
+        fresh = [key for key in feedback.seen if key not in self._known]
+        if fresh:
+            self._known.update(fresh)
+            self._store.add_reached(self._target, (json.dumps(key) for key in fresh))
+        self._store.count(
+            self._target,
+            self._number,
+            inputs=self._inputs,
+            steps=self._steps,
+            seconds=cpu - self._cpu,
+            states=len(feedback.states),
+            coordinates=len(feedback.seen),
+            new=self._new,
+        )
+        self._at, self._cpu, self._inputs, self._steps, self._new = now, cpu, 0, 0, False
+
+    def incoming(self) -> list[bytes]:
+        """Inputs that other workers have kept since the last call."""
+        found = self._store.inputs(self._target, after=self._last, not_worker=self._number)
+        if found:
+            self._last = found[-1][0]
+        return [data for _, data in found]
+
+
+def given_modules(names: Sequence[str]) -> dict[str, Any]:
+    """Plugins by `name=module`, which take part without being installed."""
+    return {name: importlib.import_module(module) for name, _, module in (item.partition("=") for item in names)}
+
+
+def main() -> None:
+    """Run one worker as its arguments say."""
+    folder, name, number, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGALRM, _too_slow)
+    engine = make_engine(options["engine"])
+    given = given_modules(options["given"])
+    target = target_named(name, None) if not given else {**all_targets()}[name]
+    if engine.name == "atheris":
+        from sevlab.core.plugins import load
+        from sevlab.fuzz.atheris_engine import handler_modules, instrument
+
+        instrument(handler_modules(load([*target.plugins, *given], given=given)))
+    seed = options["seed"] * 1000 + number
+    runner = Runner(target, given=given, seed=seed)
+    store = Store(Path(folder))
+    store.start_worker(name, number, os.getpid())
+    worker = Worker(store, runner, number)
+    corpus = [data for _, data in store.inputs(name)]
+    budget = Budget(seconds=options["seconds"], runs=options["runs"], seed=seed)
+    signal.setitimer(signal.ITIMER_REAL, INPUT_SECONDS)
+    try:
+        engine.fuzz(runner, corpus, budget, worker.told, worker.incoming)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        worker.report()
+        store.close()
+
+
+if __name__ == "__main__":
+    main()

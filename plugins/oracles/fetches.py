@@ -1,0 +1,47 @@
+"""Single fetch: what the other side can change meanwhile is read once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sevlab.core.buffers import NO_SPA
+from sevlab.core.oracle import Finding
+from sevlab.core.vocabulary import Outcome, Record, spec_of
+
+if TYPE_CHECKING:
+    from sevlab.core.machine import Machine
+
+JUDGED = ("sev_es.vmgexit",)
+"""Steps in which one handler reads one message. A guest's #VC may read several replies in a step, and the operands of a
+mailbox command may lie in its own buffer."""
+
+
+class SingleFetch:
+    """No byte of shared memory is fetched twice while one message is served."""
+
+    name = "single-fetch"
+    documentation = (
+        "A handler takes one snapshot of a message that the other side can write and decides on that: no byte is"
+        " fetched twice within a VMGEXIT. Needs the machine's fetch log (fuzzing turns it on)."
+        " Source: CVE-2023-4155; Xen XSA-166."
+    )
+
+    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
+        log = machine.fetches.log
+        kind = spec_of(step).kind
+        if not log or len(log) < 2 or kind not in JUDGED:
+            return ()
+        spans = sorted(
+            (fetch.spa, fetch.spa + fetch.length_bytes, fetch.number) for fetch in log if fetch.spa != NO_SPA
+        )
+        end, number = -1, 0
+        for start, stop, this in spans:
+            if start < end:
+                message = f"fetches {min(number, this)} and {max(number, this)} both read {start:#x}"
+                return (Finding(self.name, "twice", message, kind),)
+            if stop > end:
+                end, number = stop, this
+        return ()
+
+    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
+        return ()

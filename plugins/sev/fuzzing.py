@@ -1,0 +1,123 @@
+"""What fuzzing of SEV's mailbox needs, as data: a target that starts with guests in several states, and oracles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sevlab.core.events import Party
+from sevlab.core.listening import steps_of
+from sevlab.core.oracle import Finding, Oracle, Target
+from sevlab.core.units import PAGE_BYTES
+from sevlab.core.vocabulary import Outcome, Record, spec_of
+from sevlab.plugins.sev import driver
+from sevlab.plugins.sev.context import sev_state
+from sevlab.plugins.sev.numbers import Command
+from sevlab.plugins.sev.states import GuestState, PlatformState
+
+if TYPE_CHECKING:
+    from sevlab.core.machine import Machine
+
+
+class ContextInvariants:
+    """The firmware's contexts, ASIDs and platform state agree."""
+
+    name = "sev.contexts"
+    documentation = (
+        "Between commands: an ASID belongs to at most one guest; a guest that is UNINIT is gone; the platform is"
+        " WORKING exactly while there are guests; only guests of SEV-ES have checksums of VMSAs."
+        " Source: 55766, platform and guest state machines."
+    )
+
+    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
+        sev = sev_state(machine)
+        owners: dict[int, int] = {}
+        wrong: list[tuple[str, str]] = []
+        for handle, guest in sev.guests.items():
+            if guest.asid and guest.asid in owners:
+                wrong.append(("asid", f"ASID {guest.asid} belongs to guests {owners[guest.asid]} and {handle}"))
+            owners[guest.asid] = handle
+            if guest.state is GuestState.UNINIT:
+                wrong.append(("state", f"guest {handle} is UNINIT and still there"))
+            if guest.vmsa_slots and not guest.es:
+                wrong.append(("vmsa", f"guest {handle} has checksums of VMSAs without SEV-ES"))
+        if (sev.state is PlatformState.WORKING) != bool(sev.guests):
+            wrong.append(("platform", f"the platform is {sev.state.name} with {len(sev.guests)} guests"))
+        return tuple(Finding(self.name, rule, message, spec_of(step).kind) for rule, message in wrong)
+
+    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
+        return ()
+
+
+class ResourceBalance:
+    """What the firmware holds for guests belongs to guests that live."""
+
+    name = "sev.balance"
+    documentation = (
+        "Every checksum of a VMSA in the TMR belongs to a live guest, and every live guest's are there; memory keys are"
+        " never more than activations. Source: 55766, DECOMMISSION; CVE-2021-47389 is the host's side of it."
+    )
+
+    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
+        return ()
+
+    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
+        sev = sev_state(machine)
+        held = [slot for guest in sev.guests.values() for slot in guest.vmsa_slots]
+        wrong = []
+        if len(set(held)) != len(held):
+            wrong.append("two guests hold one slot of the TMR")
+        if set(sev.tmr.checksums) - set(held):
+            wrong.append("a slot of the TMR belongs to no live guest")
+        return tuple(Finding(self.name, "tmr", message) for message in wrong)
+
+
+ORACLES: tuple[Oracle, ...] = (ContextInvariants(), ResourceBalance())
+
+
+def boot(machine: Machine) -> None:
+    """A platform with one guest that runs, and one whose launch has begun."""
+    driver.launch_guest(machine, 0, loads={0x1000: bytes(64)})
+    driver.begin_launch(machine, 1)
+
+
+def seeds(machine: Machine) -> tuple[tuple[Record, ...], ...]:
+    """Whole lives of guests, and the platform's commands."""
+    page = driver.scratch_page(machine) + PAGE_BYTES
+    second = machine.hypervisor.vms[1]
+    guests = sev_state(machine).guests
+    handle = max(guests)
+    running = driver.Launched(min(guests), guests[min(guests)].asid, b"")
+
+    def finish() -> None:
+        driver.load(machine, second, driver.Launched(handle, 0, b""), 0x2000, bytes(range(64)))
+        driver.run(machine, Command.LAUNCH_MEASURE, handle=handle, spa=page, length=0x30)
+        driver.run(machine, Command.LAUNCH_FINISH, handle=handle)
+        driver.run(machine, Command.GUEST_STATUS, handle=handle)
+
+    def stop() -> None:
+        driver.stop_guest(machine, running)
+        driver.flush(machine)
+        driver.begin_launch(machine, 0)
+
+    def platform() -> None:
+        driver.run(machine, Command.PLATFORM_STATUS)
+        driver.run(machine, Command.PDH_CERT_EXPORT, pdh_spa=page, pdh_bytes=0x824, chain_spa=page + PAGE_BYTES,
+                   chain_bytes=0x2000)  # fmt: skip
+        driver.run(machine, Command.SHUTDOWN)
+        driver.run(machine, Command.INIT, **driver.tmr_fields(machine))
+
+    return tuple(steps_of(machine, call) for call in (finish, stop, platform))
+
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "sev.commands",
+        Party.HYPERVISOR,
+        ("asp.command", "asp.write", "asp.read", "write", "read", "cache", "msr"),
+        tuple(oracle.name for oracle in ORACLES),
+        ("sev",),
+        "SEV mailbox commands of a hostile hypervisor: any order, any buffer, any page.",
+        boot=boot,
+        seeds=seeds,
+    ),
+)
