@@ -218,10 +218,9 @@ class Memory:
         fresh = Page(bytearray(self._view(page, pfn, key)) if keep else bytearray(PAGE_BYTES), key, epoch)
         old_key = None
         if page is not None:
-            same = page.key is key
-            fresh.tag = page.tag if same else SCRAMBLED[page.tag]
+            fresh.tag = page.tag if page.key is key else SCRAMBLED[page.tag]
             if page.tags is not None:
-                fresh.tags = page.tags[:] if same else page.tags.translate(SCRAMBLED)
+                fresh.tags = page.tags[:] if page.key is key else page.tags.translate(SCRAMBLED)
             old_key = page.key
         if pfn in self.lent:
             self._recall(pfn)

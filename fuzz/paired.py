@@ -6,11 +6,11 @@ They cost a run each, so a campaign asks them for every input that it keeps and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from sevlab.core.layout import Kind, Layout
 from sevlab.core.oracle import Finding
-from sevlab.core.vocabulary import Outcome, Record, spec_of
+from sevlab.core.vocabulary import Outcome, Record, Role, spec_of
 from sevlab.fuzz.runner import Runner
 
 FILLS = (0x00, 0x5A)
@@ -46,7 +46,7 @@ class Paired:
     def _compare(self, oracle: str, rule: str, one: Sequence[Record], other: Sequence[Record]) -> tuple[Finding, ...]:
         first, second = self._outcomes(one), self._outcomes(other)
         for step, left, right in zip(one, first, second, strict=False):
-            if left != right:
+            if checked(left) != checked(right):
                 message = f"{_difference(left, right)}"
                 return (Finding(oracle, rule, message, spec_of(step).kind),)
         return ()
@@ -73,6 +73,17 @@ class Paired:
         return cast("Record", step._replace(**{field: changed}))  # type: ignore[attr-defined]
 
 
+def checked(outcome: Outcome) -> list[tuple[Any, ...]]:
+    """What of an outcome the model determines: a derived field may repeat what came in."""
+    return [
+        (
+            type(record),
+            *(value for field, value in zip(spec_of(record).fields, record, strict=True) if field.role is Role.CHECKED),
+        )
+        for record in outcome.records
+    ]
+
+
 def fill_invalid(layout: type[Layout], data: bytes, fill: int) -> bytes:
     """`data` with every byte of every field whose valid bit is clear set to `fill`."""
     item = layout.from_bytes(data[: layout.SIZE])
@@ -89,7 +100,7 @@ def _difference(left: Outcome, right: Outcome) -> str:
             names = spec_of(one).fields
             if type(one) is type(other):
                 for field, before, after in zip(names, one, other, strict=True):
-                    if before != after:
+                    if before != after and field.role is Role.CHECKED:
                         return f"{spec_of(one).kind}.{field.name} is {before!r:.60} and {after!r:.60}"
             return f"{spec_of(one).kind} and {spec_of(other).kind}"
     return f"{len(left.records)} and {len(right.records)} records"

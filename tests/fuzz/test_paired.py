@@ -47,3 +47,9 @@ def test_what_a_run_leaves_behind_is_found():
     runner.machine.tables.steps[AdvanceClock] = remembers
     (finding,) = paired.judge((AdvanceClock(1),))
     assert (finding.oracle, finding.rule) == ("differential", "second-run")
+
+
+def test_a_code_that_is_not_valid_may_be_repeated_but_not_used():
+    runner = Runner(target_named("ghcb"))
+    page = Ghcb.build(sw_exit_info_1=0, sw_exit_info_2=0)
+    assert Paired(runner).judge((Vmgexit(0, GHCB_GPA, page),)) == ()
