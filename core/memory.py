@@ -35,9 +35,6 @@ TAG_PUBLIC = 4
 """Put into the open on purpose by its owner."""
 TAG_FIRST_GUEST = 16
 
-SCRAMBLED = bytes((TAG_POISON,)) + bytes((TAG_PUBLIC,)) * 255
-"""By tag: whose bytes are under another key than their owner's. What is written stays written, and is no secret."""
-
 
 def guest_tag(vm_id: int) -> int:
     """The tag of guest `vm_id`'s private data; a byte, so that guests more than 240 apart share one."""
@@ -47,7 +44,7 @@ def guest_tag(vm_id: int) -> int:
 class Page:
     """One page of DRAM as its last writer sees it."""
 
-    __slots__ = ("cipher", "data", "epoch", "key", "source", "tag", "tags", "view", "view_key")
+    __slots__ = ("cipher", "data", "epoch", "key", "mixed", "source", "tag", "tags", "view", "view_key")
 
     def __init__(self, data: bytearray, key: MemoryKey | None, epoch: int, tag: int = TAG_POISON) -> None:
         self.data: bytearray | memoryview = data
@@ -55,6 +52,8 @@ class Page:
         self.epoch = epoch
         self.tag = tag
         self.tags: bytearray | None = None
+        self.mixed = False
+        """Written under more than one key: some of it is ciphertext to whoever wrote last."""
         self.cipher: bytes | None = None
         self.view: bytes | None = None
         self.view_key: MemoryKey | None = None
@@ -67,7 +66,7 @@ class Page:
         page.data = bytearray(self.data)
         page.key = self.key
         page.epoch = epoch
-        page.tag = self.tag
+        page.tag, page.mixed = self.tag, self.mixed
         page.tags = None if self.tags is None else self.tags[:]
         page.cipher = page.view = page.view_key = page.source = None
         return page
@@ -218,9 +217,9 @@ class Memory:
         fresh = Page(bytearray(self._view(page, pfn, key)) if keep else bytearray(PAGE_BYTES), key, epoch)
         old_key = None
         if page is not None:
-            fresh.tag = page.tag if page.key is key else SCRAMBLED[page.tag]
-            if page.tags is not None:
-                fresh.tags = page.tags[:] if page.key is key else page.tags.translate(SCRAMBLED)
+            fresh.tag = page.tag
+            fresh.tags = None if page.tags is None else page.tags[:]
+            fresh.mixed = keep and (page.mixed or page.key is not key)
             old_key = page.key
         if pfn in self.lent:
             self._recall(pfn)

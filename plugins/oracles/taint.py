@@ -29,7 +29,7 @@ class OwnerTaint:
         findings = []
         for pfn in machine.memory.written():
             page = machine.memory.pages.get(pfn)
-            if page is None or page.key is not None:
+            if page is None or page.key is not None or page.mixed:
                 continue
             if owners := encrypted & owners_of(page):
                 message = f"page {pfn << 12:#x} is in the open and holds bytes of tag {min(owners)}"

@@ -17,7 +17,7 @@ from sevlab.core.cpu import FaultUnwind
 from sevlab.core.events import CpuExit, Done, Fault, Refused
 from sevlab.core.memory import TAG_PUBLIC
 from sevlab.core.state import StateDict, Stateful, capture, new, restore
-from sevlab.core.svm import Vector
+from sevlab.core.svm import ExitCode, Vector
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
 from sevlab.plugins.sev_es.ghcb import (
     SHARED_BUFFER_BYTES,
