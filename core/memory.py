@@ -52,8 +52,7 @@ class Page:
         self.epoch = epoch
         self.tag = tag
         self.tags: bytearray | None = None
-        self.mixed = False
-        """Written under more than one key: some of it is ciphertext to whoever wrote last."""
+        self.mixed = False  # written under more than one key: some is ciphertext to the last writer
         self.cipher: bytes | None = None
         self.view: bytes | None = None
         self.view_key: MemoryKey | None = None
