@@ -10,6 +10,7 @@ import click
 from sevlab.core.cli import echo_json
 from sevlab.core.errors import ConfigError
 
+FORMS = ("pytest", "kvm-unit-test", "syzkaller", "json", "sevtrace")
 _folder = click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
@@ -97,11 +98,11 @@ def cover(*, folder: Path, as_json: bool) -> None:
 @_folder
 @click.argument("identity")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write.")
-@click.option("--to", "form", type=click.Choice(["pytest", "json", "sevtrace"]), default="pytest", show_default=True)
+@click.option("--to", "form", type=click.Choice(FORMS), default="pytest", show_default=True, help="Format of the file.")
 def export(*, folder: Path, identity: str, output: Path, form: str) -> None:
     """Write finding IDENTITY of campaign DIR for use elsewhere."""
     from sevlab.fuzz import triage as work
-    from sevlab.fuzz.export import to_json, to_pytest
+    from sevlab.fuzz.export import export as exported
     from sevlab.fuzz.store import Store
     from sevlab.fuzz.worker import given_modules
 
@@ -114,5 +115,5 @@ def export(*, folder: Path, identity: str, output: Path, form: str) -> None:
     if form == "sevtrace":
         output.write_bytes(work.trace_path(store, found[0]).read_bytes())
     else:
-        output.write_text(to_pytest(found[0]) if form == "pytest" else to_json(found[0]))
+        output.write_text(exported(work.trace_path(store, found[0]), form, given=given))
     click.echo(f"{output}: {found[0].oracle}: {found[0].rule}")

@@ -15,7 +15,6 @@ from sevlab.core.errors import CampaignError
 from sevlab.core.oracle import Finding
 from sevlab.fuzz.campaign import Plan, prepare
 from sevlab.fuzz.corpus import minimal
-from sevlab.fuzz.export import to_json, to_pytest
 from sevlab.fuzz.runner import Runner
 from sevlab.fuzz.seeds import seeds_of_file
 from sevlab.fuzz.store import FILE, Store, identity_of
@@ -75,17 +74,6 @@ def test_triage_leaves_one_simple_step_and_a_trace_that_replays(store, runner):
     lines = "\n".join(story(runner, stored))
     assert "buffer.bounds" in lines
     assert "sw_exit_code=0x89" in lines
-
-
-def test_an_exported_test_is_red_on_the_faulty_model_and_green_on_the_fixed_one(store):
-    (stored,) = triage(store, given=GIVEN)
-    namespace = {}
-    exec(compile(to_pytest(stored), "exported", "exec"), namespace)
-    (test,) = (value for name, value in namespace.items() if name.startswith("test_"))
-    test()
-    with pytest.raises(AssertionError):
-        test(GIVEN)
-    assert json.loads(to_json(stored))["steps"][0][0] == "sev_es.vmgexit"
 
 
 def test_a_foreign_or_newer_directory_is_refused_and_left_alone(tmp_path):
