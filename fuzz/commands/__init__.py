@@ -14,7 +14,7 @@ COMMANDS: tuple[CommandSpec, ...] = (
     CommandSpec("triage", "Minimise the findings of a campaign and tell each", f"{_HERE}.results:triage", "fuzz"),
     CommandSpec("cover", "Show which messages and states a campaign reached", f"{_HERE}.results:cover", "fuzz"),
     CommandSpec("corpus", "Import, export or minimise a campaign's corpus", f"{_HERE}.corpus:corpus", "fuzz"),
-    CommandSpec("export", "Write a finding as pytest or JSON", f"{_HERE}.results:export", "fuzz"),
+    CommandSpec("export", "Write a finding as a test or a program for elsewhere", f"{_HERE}.results:export", "fuzz"),
 )
 
 
