@@ -128,7 +128,8 @@ class Codec:
     def _text(self, reader: Reader) -> str:
         number = reader.byte()
         if number == LITERAL:
-            return reader.take(reader.byte()).decode("utf-8", "replace")
+            text = reader.take(reader.byte()).decode("utf-8", "replace")
+            return text.encode()[:0xFF].decode("utf-8", "ignore")  # a replacement is longer than what it replaces
         return self.words[number % len(self.words)]
 
     def _tuple(self, reader: Reader, depth: int) -> tuple[Any, ...]:
