@@ -51,7 +51,8 @@ class TraceReader:
         self.vocabulary = self._codec.vocabulary
         self.foreign: Mapping[str, str] = self._codec.foreign
         self.losses: list[Loss] = []
-        self.index: Index | None = index_at_end(self._file, self._size, self._stream) if not frame.offset else None
+        self._closing = index_at_end(self._file, self._size, self._stream) if not frame.offset else None
+        self.index: Index | None = self._closing
         self._scanned = False
         self._blocks: list[Block] = []
         self._cached: tuple[int, list[Entry]] = (-1, [])
@@ -73,7 +74,7 @@ class TraceReader:
         )
 
     def _scan(self) -> None:
-        found = Scanner(self._file, self._size, self._stream)
+        found = Scanner(self._file, self._size, self._stream, self._closing)
         self._scanned = True
         self._blocks, self.losses, self.index = found.blocks, found.losses, found.index
 

@@ -128,11 +128,13 @@ def read_index(file: BinaryIO, frame: Frame) -> Index | None:
         index = Index(document["entries"], blocks, dict(document["kinds"]), dict(document["counts"]))
     except (TraceFormatError, ValueError, TypeError, KeyError):
         return None
-    expected = 0
+    expected, behind = 0, -1
     for block in blocks:
         if not all(type(value) is int and value >= 0 for value in block) or block.first_entry != expected:
             return None
-        expected = block.end
+        if block.offset <= behind:  # a writer only appends
+            return None
+        expected, behind = block.end, block.offset
     return index if expected == index.entries and _numbers(index.kinds) and _numbers(index.counts) else None
 
 
@@ -165,16 +167,19 @@ class Scanner:
     """A walk over the whole file that believes nothing but checksums.
 
     What is missing follows from the numbers: a block says which one it is and which entry it begins with, the index
-    how many there were. `blocks`, `losses` and `index` are the result.
+    how many there were. Where the index at the end of the file (`closing`) is intact, a copy of a block elsewhere is
+    taken only when the block at its own place is broken. `blocks`, `losses` and `index` are the result.
     """
 
-    def __init__(self, file: BinaryIO, size: int, stream: int) -> None:
+    def __init__(self, file: BinaryIO, size: int, stream: int, closing: Index | None = None) -> None:
         self.blocks: list[Block] = []
         self.losses: list[Loss] = []
         self.index: Index | None = None
         self._file = file
         self._size = size
         self._stream = stream
+        self._closing = closing
+        self._reach: list[int] | None = None
         self._end = self._number = self._entry = 0  # accounted for: bytes, blocks, entries
         self._broken: list[tuple[int, frames.Head, str]] = []
         for found in walk(file, 0, size):
@@ -188,7 +193,7 @@ class Scanner:
     def _take(self, frame: Frame) -> bool:
         """Account for an intact frame; False when it is not in its place, and so part of what is lost."""
         offset, head = frame.offset, frame.head
-        if self.index is not None:
+        if self.index is not None or self._is_stray(frame):
             return False
         if head.kind == frames.RECORDS and head.number >= self._number and head.first_entry >= self._entry:
             self._account(offset, head.number, head.first_entry)
@@ -205,6 +210,39 @@ class Scanner:
             self._number, self._entry = head.number, head.first_entry
             return self.index is not None
         return False
+
+    def _is_stray(self, frame: Frame) -> bool:
+        """Whether the closing index says that this frame is a copy: to take it would cost a block in its own place."""
+        closing, head = self._closing, frame.head
+        if closing is None or head.kind == frames.HEADER:
+            return False
+        if head.kind == frames.INDEX:
+            return frame.end + frames.TRAILER.size != self._size
+        if head.number >= len(closing.blocks):
+            return True
+        if closing.blocks[head.number].offset == frame.offset:
+            return False
+        if self._reach is None:
+            self._reach = self._own_places(closing)
+        return frame.offset < self._reach[head.number] or self._reach[head.number + 1] != self._reach[head.number]
+
+    def _own_places(self, closing: Index) -> list[int]:
+        """At n: the end of the last intact block, in its own place, of those before number n."""
+        reach = [0]
+        for own in closing.blocks:
+            head = read_head(self._file, own.offset)
+            intact = head is not None and (self._stream, *own[1:4]) == (
+                head.stream, head.number, head.first_entry, head.entries,
+            )  # fmt: skip
+            end = own.offset
+            try:
+                if intact and head is not None:
+                    read_payload(self._file, own.offset, head)
+                    end += frames.HEAD_BYTES + head.stored_bytes
+            except TraceFormatError:
+                intact = False
+            reach.append(max(reach[-1], end) if intact else reach[-1])
+        return reach
 
     def _finish(self) -> None:
         """Account for what follows the last intact frame."""
