@@ -128,7 +128,7 @@ class RootGroup(LazyGroup):
 @click.group(cls=RootGroup, specs=_all_specs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def root() -> None:
-    """An executable model of AMD SME, SEV, SEV-ES, SEV-SNP and SEV-TIO."""
+    """An executable model of AMD SME, SEV, SEV-ES and SEV-SNP."""
 
 
 def main(arguments: list[str] | None = None) -> None:

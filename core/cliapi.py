@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -39,6 +41,11 @@ class Capability(NamedTuple):
     needed_for: str
     check: Callable[[], str]
     required: bool = False
+
+
+def read_input(path: Path) -> bytes:
+    """The bytes of a file that a command was given; `-` is the standard input."""
+    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
 
 
 def resolve(target: str) -> Any:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from sevlab.core.errors import ConfigError
+from sevlab.core.cliapi import read_input
+from sevlab.core.errors import ConfigError, FormatError
 from sevlab.core.exitinfo import EventWord, IoioInfo
 from sevlab.core.layout import FieldInfo, Kind, Layout
 from sevlab.core.layout_tools import read_field, reserved_ranges, validate
@@ -18,19 +19,16 @@ from sevlab.plugins.sev_es.matrix import ALL, event_name
 from sevlab.plugins.sev_es.msr_layout import INFO_MASK, LAYOUTS, TERMINATION_REASONS, MsrInfo, TerminateRequest
 from sevlab.plugins.sev_es.vmsa import SevFeatures, Vmsa, segment_of
 
+FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="print JSON")
 SHOWN_DIGITS = 64
 SEGMENT_BYTES, SEGMENT_PARTS = 16, ("selector", "attributes", "limit", "base")
 CLEAR = "its valid bit is clear"
 
 
-def read_page(source: str, layout: type[Layout]) -> bytes:
-    """The page in a file: raw, or as hexadecimal text. Raises `ConfigError` naming file, size and what was expected."""
-    path = Path(source)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{source}: {error.strerror or error}") from error
+def read_page(path: Path, layout: type[Layout]) -> bytes:
+    """The page in a file: raw, or as hexadecimal text. Raises `FormatError` when there is less or more."""
+    data = read_input(path)
     if len(data) != layout.SIZE:
         text = "".join(data.decode("ascii", "replace").split())
         try:
@@ -39,9 +37,8 @@ def read_page(source: str, layout: type[Layout]) -> bytes:
             decoded = data
         data = decoded if len(decoded) == layout.SIZE else data
     if len(data) != layout.SIZE:
-        raise ConfigError(
-            f"{source}: {len(data)} bytes, expected {layout.SIZE} (raw or hexadecimal) of {layout.__name__}"
-        )
+        expected = f"{layout.SIZE} bytes of {layout.__name__}, raw or hexadecimal"
+        raise FormatError(str(path), min(len(data), layout.SIZE), "end", expected=expected, found=f"{len(data)} bytes")
     return data
 
 
@@ -147,10 +144,10 @@ def _shown(value: Any) -> str:
 
 
 @click.command()
-@click.argument("file")
+@click.argument("file", type=FILE)
 @click.option("--all", "everything", is_flag=True, help="show empty fields too")
 @JSON
-def ghcb(file: str, *, everything: bool, as_json: bool) -> None:
+def ghcb(file: Path, *, everything: bool, as_json: bool) -> None:
     """Decode a GHCB page (raw or hexadecimal): each field, its valid bit (v, or - where it holds something stale)."""
     data = read_page(file, Ghcb)
     item = Ghcb.from_bytes(data)
@@ -225,10 +222,10 @@ def ghcb_msr(value: str, *, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("file")
+@click.argument("file", type=FILE)
 @click.option("--all", "everything", is_flag=True, help="show empty fields too")
 @JSON
-def vmsa(file: str, *, everything: bool, as_json: bool) -> None:
+def vmsa(file: Path, *, everything: bool, as_json: bool) -> None:
     """Decode a VMSA page in plaintext (raw or hexadecimal)."""
     data = read_page(file, Vmsa)
     features = data[Vmsa.FIELDS["sev_features"].offset :][:8]

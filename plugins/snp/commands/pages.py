@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 from sevlab.core.cli import echo_json
+from sevlab.core.cliapi import read_input
 from sevlab.core.errors import FormatError
 from sevlab.core.layout_tools import read_file_part, to_json
 from sevlab.plugins.snp.guest_pages import CPUID_ENTRIES_MAX, CpuidEntry, CpuidHeader, SecretsPage
 from sevlab.plugins.snp.layout import RmpEntry
 from sevlab.plugins.snp.states import page_state
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 
 
 @click.command()
@@ -21,7 +22,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def secrets(*, file: Path, keys: bool, as_json: bool) -> None:
     """Decode the secrets page in FILE; the communication keys are hidden unless --keys is given."""
-    data = file.read_bytes()
+    data = read_input(file)
     read_file_part(SecretsPage, data, str(file))
     fields = to_json(SecretsPage, data[: SecretsPage.SIZE])
     if not keys:
@@ -41,7 +42,7 @@ def secrets(*, file: Path, keys: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def cpuid_page(*, file: Path, as_json: bool) -> None:
     """Decode the CPUID page in FILE."""
-    data = file.read_bytes()
+    data = read_input(file)
     header = read_file_part(CpuidHeader, data, str(file))
     if not 1 <= header.count <= CPUID_ENTRIES_MAX:
         expected = f"1 to {CPUID_ENTRIES_MAX} entries"
@@ -67,7 +68,7 @@ def cpuid_page(*, file: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def rmp(*, file: Path, first: str, everything: bool, as_json: bool) -> None:
     """Decode RMP entries in FILE: 16 bytes for each 4 KiB page, as the parts keep them."""
-    data = file.read_bytes()
+    data = read_input(file)
     if not data or len(data) % RmpEntry.SIZE:
         expected = f"a multiple of {RmpEntry.SIZE} bytes"
         raise FormatError(str(file), len(data), "end", expected=expected, found=f"{len(data)} bytes")

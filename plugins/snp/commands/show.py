@@ -8,13 +8,14 @@ from typing import Any, TypeAlias
 
 import click
 from sevlab.core.cli import echo_json
+from sevlab.core.cliapi import read_input
 from sevlab.plugins import sev
 from sevlab.plugins.snp.cert_table import parse_cert_table
 from sevlab.plugins.snp.report import decode_report, generation_of, parse_report
 from sevlab.plugins.snp.verify import flatten
 from sevlab.plugins.snp.x509 import SnpCertificate, issued_by, modulus_digest, parse_certificates
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 
 
 @click.command()
@@ -22,7 +23,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="As JSON; null is what the report's version does not define.")
 def report(*, file: Path, as_json: bool) -> None:
     """Decode the attestation report in FILE."""
-    parsed = parse_report(file.read_bytes(), str(file))
+    parsed = parse_report(read_input(file), str(file))
     fields = decode_report(parsed)
     if as_json:
         echo_json({"generation": generation_of(parsed) or None, **fields})
@@ -44,7 +45,7 @@ def _text(name: str, value: Any) -> str:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def certtable(*, file: Path, as_json: bool) -> None:
     """Decode the certificate table in FILE, as an extended guest request returns it."""
-    entries = parse_cert_table(file.read_bytes(), str(file))
+    entries = parse_cert_table(read_input(file), str(file))
     if as_json:
         echo_json([entry._asdict() | {"data": entry.data.hex()} for entry in entries])
         return
@@ -90,7 +91,7 @@ AnyCertificate: TypeAlias = sev.certificates.Certificate | SnpCertificate
 
 def read_certificates(path: Path) -> list[AnyCertificate]:
     """The certificates of a file of any of the three formats. Raises `FormatError`."""
-    data = path.read_bytes()
+    data = read_input(path)
     if data[:2] == b"\x30\x82" or b"-----BEGIN" in data[:200]:
         return list(parse_certificates(data, str(path)))
     return [item for _, item in sev.certificates.parse_certificates(data, str(path))]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from sevlab.core.errors import ConfigError
+from sevlab.core.errors import ConfigError, FormatError
 from sevlab.plugins.sev_es import Ghcb, initial_vmsa
 from sevlab.plugins.sev_es.commands import show
 
@@ -66,13 +66,21 @@ def test_a_reply_says_what_the_hypervisor_meant(saved):
 def test_a_page_of_another_size_names_file_size_and_expectation(saved, data):
     path = saved(data)
     result = run(show.vmsa, path)
-    assert isinstance(result.exception, ConfigError)
+    assert isinstance(result.exception, FormatError)
     assert str(path) in str(result.exception)
-    assert "expected 4096" in str(result.exception)
+    assert "4096 bytes of Vmsa" in str(result.exception)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    assert "nothing" in str(run(show.ghcb, tmp_path / "nothing").exception)
+    result = run(show.ghcb, tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "nothing" in result.output
+
+
+def test_a_dash_reads_the_standard_input():
+    result = CliRunner().invoke(show.ghcb, ["-"], input=page(0x7B, 0x3F8_0210, rax=0x41))
+    assert result.exit_code == 0
+    assert "OUT port 0x3f8" in result.output
 
 
 @pytest.mark.parametrize(
