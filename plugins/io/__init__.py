@@ -4,7 +4,7 @@ Documents: 24593 (APM volume 2) revision 3.42, chapters 13, 15, 16; 24594 (APM v
 pages; the chips' datasheets, each in its module of `devices`.
 
 What you may touch: `decode` and `execute` (instructions), `port_in`, `port_out`, `mmio_read`, `mmio_write` (devices by
-address), `devices` (the board of a VM), `inject_exception` and friends, and the data: `MATRIX` (which instruction
+address), `devices` (the board of a VM), `acpi_tables` (what a kernel is told of it), `inject_exception` and friends, and the data: `MATRIX` (which instruction
 form who can serve), `EVENTS` (which intercept in which mode).
 """
 
@@ -18,7 +18,8 @@ from sevlab.plugins.io import exits, msrs, steps, system_msrs
 from sevlab.plugins.io.bus import mmio_read, mmio_write, port_in, port_out, port_out_string
 from sevlab.plugins.io.coverage import MATRIX, Form, form_of, refusal
 from sevlab.plugins.io.decode import Insn, Undecodable, decode, effective_address
-from sevlab.plugins.io.devices import board
+from sevlab.plugins.io.devices import acpi, board
+from sevlab.plugins.io.devices.acpi import acpi_tables
 from sevlab.plugins.io.devices.board import Devices, devices
 from sevlab.plugins.io.devices.fw_cfg import DmaDescriptor
 from sevlab.plugins.io.devices.pic import INITIALISATION
@@ -60,6 +61,7 @@ __all__ = [
     "Unserved",
     "Unsupported",
     "Way",
+    "acpi_tables",
     "decode",
     "devices",
     "effective_address",
@@ -99,7 +101,7 @@ def sevlab_records() -> tuple[type, ...]:
 
 @hookimpl
 def sevlab_layouts() -> tuple[type[Layout], ...]:
-    return (IoioInfo, EventWord, DmaDescriptor)
+    return (IoioInfo, EventWord, DmaDescriptor, *acpi.LAYOUTS)
 
 
 @hookimpl

@@ -20,14 +20,17 @@ SECTOR = 512
 KNOWN_END = 0x290
 LOADER_UNDEFINED = 0xFF
 LOADED_HIGH, CAN_USE_HEAP = 1 << 0, 1 << 7
-E820_RAM, E820_RESERVED = 1, 2
-LOW_RAM_END, HIGH_RAM = 0x9_FC00, 0x10_0000
+E820_RAM, E820_ACPI = 1, 3
+LOW_RAM_END, HIGH_RAM = 0x9_8000, 0x10_0000
+ACPI_GPA = LOW_RAM_END
+"""Tables in a range of their own kind, which an encrypted kernel maps as private."""
 PARAMS_GPA, COMMAND_LINE_GPA = 0x9_0000, 0x9_1000
 
 
 class BootParams(Layout, size=4096):
     """The zero page, with the setup header in it."""
 
+    acpi_rsdp_addr = u64(0x70, doc="GPA", source="zero-page.rst")
     e820_entries = u8(0x1E8, source="zero-page.rst")
     setup_sects = u8(0x1F1, source="boot.rst")
     boot_flag = u16(0x1FE, source="boot.rst")
@@ -114,18 +117,19 @@ def decompress(payload: bytes, name: str) -> bytes:
 
 
 def boot_params(
-    header: BootParams, *, memory_bytes: int, initrd: tuple[int, int], command_line: bytes, reserved: tuple[int, ...]
+    header: BootParams, *, memory_bytes: int, initrd: tuple[int, int], command_line: bytes, acpi_bytes: int
 ) -> bytes:
-    """boot_params as a boot loader fills it; `initrd` is (GPA, bytes)."""
+    """boot_params as a boot loader fills it; `initrd` is (GPA, bytes), `acpi_bytes` lie at `ACPI_GPA`."""
     if len(command_line) > header.cmdline_size:
         raise ConfigError(f"command line of {len(command_line)} bytes: the kernel takes {header.cmdline_size}")
     ranges = [(0, LOW_RAM_END, E820_RAM), (HIGH_RAM, memory_bytes - HIGH_RAM, E820_RAM)]
-    ranges += [(gpa, PAGE_BYTES, E820_RESERVED) for gpa in reserved]
+    ranges.insert(1, (ACPI_GPA, acpi_bytes + -acpi_bytes % PAGE_BYTES, E820_ACPI))
     table = b"".join(
         start.to_bytes(8, "little") + length.to_bytes(8, "little") + kind.to_bytes(4, "little")
         for start, length, kind in ranges
     )
     return header.replace(
+        acpi_rsdp_addr=ACPI_GPA,
         e820_entries=len(ranges),
         e820_table=table.ljust(320, b"\0"),
         type_of_loader=LOADER_UNDEFINED,

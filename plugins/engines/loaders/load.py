@@ -11,6 +11,7 @@ from sevlab.plugins.engines.loaders.elf import MAGIC as ELF_MAGIC
 from sevlab.plugins.engines.loaders.elf import Elf, parse_elf
 from sevlab.plugins.engines.loaders.image import GuestImage
 from sevlab.plugins.engines.loaders.linux import BootParams
+from sevlab.plugins.io import acpi_tables
 
 FLAT_GPA = 0x10_0000
 ENCRYPTION_MARK = b"Memory Encryption Features active"
@@ -34,6 +35,7 @@ def load_guest(
     encrypted: bool = False,
     c_bit_mask: int = 0,
     direct: bool = False,
+    cpus: int = 1,
 ) -> GuestImage:
     """The guest in the file `kernel`: a bzImage, an ELF kernel, or else a flat binary at 1 MiB.
 
@@ -48,15 +50,17 @@ def load_guest(
         bzimage = linux.parse_bzimage(data, name)
         if direct:
             inner = linux.decompress(bzimage.payload, name)
-            image = _linux(parse_elf(inner, name), bzimage.header, ramdisk, append, memory_bytes, inner, encrypted)
+            image = _linux(parse_elf(inner, name), inner, memory_bytes, encrypted)
         else:
             if encrypted:
                 _need_encryption(linux.decompress(bzimage.payload, name), name)
-            image = _bzimage(bzimage, ramdisk, append, memory_bytes)
+            image = _bzimage(bzimage, memory_bytes)
+        _parameters(image, bzimage.header, ramdisk, append, memory_bytes, cpus)
     elif data[:4] == ELF_MAGIC:
         elf = parse_elf(data, name)
         if b"Linux version " in data:
-            image = _linux(elf, plain_header(), ramdisk, append, memory_bytes, data, encrypted)
+            image = _linux(elf, data, memory_bytes, encrypted)
+            _parameters(image, plain_header(), ramdisk, append, memory_bytes, cpus)
         else:
             image = _elf(elf, memory_bytes)
     else:
@@ -89,26 +93,17 @@ def _need_encryption(kernel: bytes, name: str) -> None:
         raise ConfigError(f"{name}: built without CONFIG_AMD_MEM_ENCRYPT: it cannot run encrypted")
 
 
-def _linux(
-    elf: Elf,
-    header: BootParams,
-    ramdisk: bytes,
-    append: str,
-    memory_bytes: int,
-    kernel: bytes,
-    encrypted: bool,  # noqa: FBT001
-) -> GuestImage:
+def _linux(elf: Elf, kernel: bytes, memory_bytes: int, encrypted: bool) -> GuestImage:  # noqa: FBT001
     if encrypted:
         _need_encryption(kernel, "the kernel")
     image = GuestImage("Linux (vmlinux)", elf.entry_physical, rsi=linux.PARAMS_GPA)
     for segment in elf.segments:
         data = segment.data.ljust(segment.memory_bytes, b"\0")
         image.add(segment.physical, data, "the kernel", memory_bytes)
-    _parameters(image, header, ramdisk, append, memory_bytes)
     return image
 
 
-def _bzimage(bzimage: linux.BzImage, ramdisk: bytes, append: str, memory_bytes: int) -> GuestImage:
+def _bzimage(bzimage: linux.BzImage, memory_bytes: int) -> GuestImage:
     header = bzimage.header
     where = header.pref_address or 0x100_0000
     image = GuestImage("Linux (bzImage)", where + linux.ENTRY_64, rsi=linux.PARAMS_GPA)
@@ -118,20 +113,28 @@ def _bzimage(bzimage: linux.BzImage, ramdisk: bytes, append: str, memory_bytes: 
             f" {memory_bytes:#x}: raise --memory"
         )
     image.add(where, bzimage.code, "the kernel", memory_bytes)
-    _parameters(image, header, ramdisk, append, memory_bytes)
     return image
 
 
-def _parameters(image: GuestImage, header: BootParams, ramdisk: bytes, append: str, memory_bytes: int) -> None:
+def _parameters(
+    image: GuestImage, header: BootParams, ramdisk: bytes, append: str, memory_bytes: int, cpus: int
+) -> None:
+    """What a boot loader and the firmware leave in memory: initrd, boot_params, command line, ACPI tables."""
     place = linux.initrd_place(memory_bytes, len(ramdisk), header)
     if ramdisk:
         image.add(place, ramdisk, "the initrd", memory_bytes)
+    tables = acpi_tables(linux.ACPI_GPA, cpus=cpus)
     line = append.encode() + b"\0"
     page = linux.boot_params(
-        header, memory_bytes=memory_bytes, initrd=(place, len(ramdisk)), command_line=line[:-1], reserved=()
+        header,
+        memory_bytes=memory_bytes,
+        initrd=(place, len(ramdisk)),
+        command_line=line[:-1],
+        acpi_bytes=len(tables),
     )
     image.add(linux.PARAMS_GPA, page, "boot_params", memory_bytes)
     image.add(linux.COMMAND_LINE_GPA, line, "the command line", memory_bytes)
+    image.add(linux.ACPI_GPA, tables, "ACPI tables", memory_bytes)
 
 
 def _elf(elf: Elf, memory_bytes: int) -> GuestImage:

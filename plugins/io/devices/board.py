@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from sevlab.core.hypervisor import Vm
     from sevlab.core.machine import Machine
 
-PIT_IOAPIC_PIN = 2
-"""IRQ 0 arrives at pin 2, as PC firmware announces."""
-
 
 class Devices(Stateful):
     """The devices of one VM; a local APIC for each vCPU."""
@@ -41,7 +38,7 @@ class Devices(Stateful):
     def set_irq(self, machine: Machine, irq: int, *, level: bool) -> None:
         """Interrupt line `irq` (0 to 15) has this level, at the PICs and at the I/O APIC."""
         self.pics.set_line(irq, level=level)
-        pin = PIT_IOAPIC_PIN if irq == pit.PIT_IRQ else irq
+        pin = ioapic.PIT_PIN if irq == pit.PIT_IRQ else irq
         self.ioapic.set_line(pin, level=level, deliver=self.router(machine))
 
     def router(self, machine: Machine) -> Callable[[int], None]:

@@ -9,6 +9,8 @@ from sevlab.plugins.io.devices.registers import Register
 
 IOAPIC_GPA, IOAPIC_BYTES = 0xFEC0_0000, 0x1000
 PINS = 24
+PIT_PIN = 2
+"""Where IRQ 0 arrives, as PC firmware announces."""
 SELECT, WINDOW, EOI = 0x00, 0x10, 0x40
 MASKED, LEVEL, REMOTE_IRR = 1 << 16, 1 << 15, 1 << 14
 READ_ONLY = REMOTE_IRR | 1 << 12
