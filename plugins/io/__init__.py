@@ -4,8 +4,8 @@ Documents: 24593 (APM volume 2) revision 3.42, chapters 13, 15, 16; 24594 (APM v
 pages; the chips' datasheets, each in its module of `devices`.
 
 What you may touch: `decode` and `execute` (instructions), `port_in`, `port_out`, `mmio_read`, `mmio_write` (devices by
-address), `devices` (the board of a VM), `acpi_tables` (what a kernel is told of it), `inject_exception` and friends, and the data: `MATRIX` (which instruction
-form who can serve), `EVENTS` (which intercept in which mode).
+address), `devices` (the board of a VM), `acpi_tables` (what a kernel is told of it), `inject_exception` and friends,
+and the data: `MATRIX` (which instruction form who can serve), `EVENTS` (which intercept in which mode).
 """
 
 from __future__ import annotations
