@@ -50,6 +50,7 @@ from sevlab.plugins.sev_es.ghcb import (
     valid_mask,
 )
 from sevlab.plugins.sev_es.guest import (
+    CR4_OSXSAVE,
     GuestReply,
     MsrExit,
     Outcome,
@@ -62,7 +63,7 @@ from sevlab.plugins.sev_es.guest import (
     handle,
 )
 from sevlab.plugins.sev_es.guest_driver import ReferenceGuest, guest_side
-from sevlab.plugins.sev_es.guest_events import HANDLERS
+from sevlab.plugins.sev_es.guest_events import HANDLERS, INDEXED_LEAVES
 from sevlab.plugins.sev_es.guest_startup import ApJumpTable, before_setup, jump_table_request
 from sevlab.plugins.sev_es.hardware import enter_encrypted
 from sevlab.plugins.sev_es.hyperv import HypervPage
@@ -114,9 +115,11 @@ REQUIRES: tuple[str, ...] = ("sme", "sev")
 
 __all__ = [
     "CONVERSATION",
+    "CR4_OSXSAVE",
     "DONE",
     "GENERAL_PROTECTION",
     "HANDLERS",
+    "INDEXED_LEAVES",
     "INVALID_EVENT",
     "INVALID_INPUT",
     "INVALID_SCRATCH",

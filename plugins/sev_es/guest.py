@@ -21,7 +21,7 @@ from sevlab.core.cpu import Registers, SystemRegisters
 from sevlab.core.events import Fault
 from sevlab.core.hypercall import CS_BIG, CS_LONG
 from sevlab.core.paging import EFER_LME
-from sevlab.core.svm import EVENT_ERROR_VALID, EVENT_VALID, EventType, Vector
+from sevlab.core.svm import EVENT_ERROR_VALID, EVENT_VALID, EventType, ExitCode, Vector
 from sevlab.plugins.sev_es.ghcb import SHARED_BUFFER_OFFSET
 from sevlab.plugins.sev_es.insn import VcInsn, decode, may_raise
 
@@ -114,11 +114,12 @@ class VcContext:
     `translate(linear, write)` gives (GPA, whether the page is private); `read` and `write` are the interrupted code's
     memory; `io_allowed(port, size)` is user space's I/O permission. `ghcb` False: no GHCB is set up yet. `dr7` is the
     handler's copy of the register. `handlers` maps codes to handlers: how another event handler takes a place.
+    `cpuid_page` is an SNP guest's copy of its CPUID page, empty where it has none; `vmpl` the level it runs at.
     """
 
     __slots__ = (
-        "code", "dr7", "ghcb", "handlers", "hypercall_registers", "insn", "io_allowed", "profile", "read", "regs",
-        "system", "translate", "write",
+        "code", "cpuid_page", "dr7", "ghcb", "handlers", "hypercall_registers", "insn", "io_allowed", "profile",
+        "read", "regs", "system", "translate", "vmpl", "write",
     )  # fmt: skip
 
     def __init__(
@@ -137,6 +138,8 @@ class VcContext:
         io_allowed: Callable[[int, int], bool] = lambda _port, _size: False,
         hypercall_registers: tuple[str, ...] = (),
         handlers: Mapping[int, Callable[[VcContext, VcInsn], VcHandler]] | None = None,
+        cpuid_page: bytes = b"",
+        vmpl: int = 0,
     ) -> None:
         self.code = code
         self.insn = insn
@@ -151,6 +154,8 @@ class VcContext:
         self.io_allowed = io_allowed
         self.hypercall_registers = hypercall_registers
         self.handlers = handlers
+        self.cpuid_page = cpuid_page
+        self.vmpl = vmpl
 
     @property
     def user(self) -> bool:
@@ -213,12 +218,13 @@ def _exception(info_2: int) -> Fault | None:
 def handle(context: VcContext) -> VcHandler:
     """Serve one #VC: is the claimed code possible for these bytes, then the event's handler.
 
+    Without a GHCB there is only CPUID, and a guest that has a CPUID page need not ask for that.
     Source: Linux arch/x86/coco/sev/vc-handle.c (vc_raw_handle_exception, vc_handle_exitcode).
     """
     from sevlab.plugins.sev_es.guest_events import HANDLERS, before_ghcb, unsupported
 
     try:
-        if not context.ghcb:
+        if not context.ghcb and not (context.cpuid_page and context.code == ExitCode.CPUID):
             return (yield from before_ghcb(context))
         handlers = HANDLERS if context.handlers is None else context.handlers
         handler = handlers.get(context.code)

@@ -82,6 +82,8 @@ class GuestSide(Stateful):
     in_hold: bool = False
     jump_table_gpa: int = 0
     """Of an AP in hold: where its code finds its start address."""
+    cpuid_page: bytes = b""
+    """Of an SNP guest: its copy of the CPUID page; empty: it asks the hypervisor."""
 
 
 class Guests(Stateful):
@@ -151,6 +153,8 @@ class ReferenceGuest:
             translate=translate,
             hypercall_registers=() if passed is None or exit_.exit_code != ExitCode.VMMCALL else passed(vcpu),
             handlers=machine.tables.vc_handlers,
+            cpuid_page=side.cpuid_page,
+            vmpl=vcpu.vmpl,
         )
 
     def _finish(self, machine: Machine, vcpu: Vcpu, result: VcResult) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.layout import Layout, u16
-from sevlab.plugins.sev_es.ghcb import PROTOCOL_MAX, PROTOCOL_MIN, NaeCode
+from sevlab.plugins.sev_es.ghcb import PROTOCOL_MAX, PROTOCOL_MIN, HvFeature, NaeCode
 from sevlab.plugins.sev_es.guest import MsrExit, Outcome, PageExit, VcContext, VcHandler, VcResult, call
 from sevlab.plugins.sev_es.msr_layout import (
+    INFO_MASK,
     GhcbGpa,
     MsrInfo,
     NoArgument,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
-REASON_PROTOCOL = 1
+REASON_PROTOCOL, REASON_SNP = 1, 2
 LINUX_SET, REASON_REGISTER = 1, 0
 
 
@@ -40,9 +41,10 @@ class ApJumpTable(Layout, size=4):
 
 
 def before_setup(ghcb_gpa: int, *, snp: bool) -> VcHandler:
-    """Negotiate the version, and register the page in an SNP guest; `length` of the result is the version.
+    """Negotiate the version; in an SNP guest ask for the features, and register the page.
 
-    Source: Linux arch/x86/coco/sev/core.c (sev_es_negotiate_protocol, snp_register_ghcb_early).
+    `length` of the result is the version. Source: Linux arch/x86/coco/sev/core.c (sev_es_negotiate_protocol,
+    snp_register_ghcb_early), arch/x86/boot/compressed/sev.c (sev_enable, get_hv_features).
     """
     answer = yield MsrExit(build(NoArgument, MsrInfo.SEV_INFO_REQUEST))
     info = decode(answer) if isinstance(answer, int) else None
@@ -50,6 +52,11 @@ def before_setup(ghcb_gpa: int, *, snp: bool) -> VcHandler:
         yield MsrExit(build(TerminateRequest, MsrInfo.TERMINATE_REQUEST, reason_code=REASON_PROTOCOL))
         return VcResult(Outcome.TERMINATE, reason="no protocol version in common")
     if snp:
+        answer = yield MsrExit(build(NoArgument, MsrInfo.HV_FEATURES_REQUEST))
+        value = answer if isinstance(answer, int) else 0
+        if value & INFO_MASK != MsrInfo.HV_FEATURES_RESPONSE or not value >> 12 & HvFeature.SNP:
+            yield MsrExit(build(TerminateRequest, MsrInfo.TERMINATE_REQUEST, reason_code=REASON_SNP))
+            return VcResult(Outcome.TERMINATE, reason="the hypervisor does not offer SNP")
         answer = yield MsrExit(build(GhcbGpa, MsrInfo.REGISTER_GPA_REQUEST, gfn=ghcb_gpa >> 12))
         if answer != ghcb_gpa | MsrInfo.REGISTER_GPA_RESPONSE:
             reason = build(

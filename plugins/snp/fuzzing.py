@@ -134,7 +134,18 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "snp.guest",
         Party.HYPERVISOR,
-        ("snp.set-pages", "snp.message", "snp.create-ap", "sev_es.forge", "sev_es.forge-msr", *_RMP_STEPS),
+        (
+            *(
+                "snp.set-pages",
+                "snp.message",
+                "snp.create-ap",
+                "snp.cpuid-page",
+                "snp.doorbell",
+                "snp.hv",
+                "snp.hv-ipi",
+            ),
+            *("sev_es.forge", "sev_es.forge-msr", *_RMP_STEPS),
+        ),
         _NAMES,
         ("snp",),
         "The reference guest against a hypervisor that forges replies and page states.",

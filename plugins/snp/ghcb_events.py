@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sevlab.core.svm import EventType, Vector, event
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES, PAGE_MASK
 from sevlab.plugins.sev import Command
 from sevlab.plugins.sev_es import (
@@ -23,14 +22,13 @@ from sevlab.plugins.sev_es import (
     Reply,
     Scratch,
     msr_layout,
-    sev_es_state,
     vcpu_protocol,
 )
+from sevlab.plugins.snp import doorbell
 from sevlab.plugins.snp.buffers import SnpGuestRequest
+from sevlab.plugins.snp.doorbell import offered
 from sevlab.plugins.snp.driver import pages
-from sevlab.plugins.snp.guest_pages import HvDoorbell
 from sevlab.plugins.snp.hypervisor import (
-    NO_DOORBELL,
     NO_PAGE,
     VMPLS,
     firmware,
@@ -62,14 +60,7 @@ VMM_BUSY = 2
 GENERIC_FIRMWARE_ERROR = 0xFFFF_FFFF
 
 AP_CREATE_ON_INIT, AP_CREATE, AP_DESTROY = 0, 1, 2
-DOORBELL_PREFERRED, DOORBELL_SET, DOORBELL_QUERY, DOORBELL_CLEAR = 0, 1, 2, 3
-ALL_ONES = (1 << 64) - 1
 RUN_VMPL_ERROR = 1
-
-
-def offered(machine: Machine, feature: HvFeature) -> bool:
-    """Whether the hypervisor offers this feature."""
-    return bool(sev_es_state(machine).features & feature)
 
 
 # Page state change ----------------------------------------------------------------------------------------------------
@@ -248,76 +239,6 @@ def apic_id_list(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, _scratch: Scratch | N
     return DONE
 
 
-# #HV ------------------------------------------------------------------------------------------------------------------
-
-
-def hv_doorbell(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, _scratch: Scratch | None) -> Reply:
-    """Tell or ask where the #HV doorbell page of this vCPU is. Source: 56421, #HV doorbell page."""
-    if not offered(machine, HvFeature.RESTRICTED_INJECTION):
-        return INVALID_EVENT
-    host, operation = host_vcpu(machine, vcpu.vcpu_id), ghcb.sw_exit_info_1
-    if operation == DOORBELL_PREFERRED:
-        return Reply(info_2=ALL_ONES)
-    if operation == DOORBELL_QUERY:
-        return Reply(info_2=host.doorbell_gpa & ALL_ONES)
-    if operation == DOORBELL_CLEAR:
-        host.doorbell_gpa = NO_DOORBELL
-        return DONE
-    gpa = ghcb.sw_exit_info_2
-    if operation != DOORBELL_SET or gpa & PAGE_MASK or page_spa(machine, vcpu.vm_id, gpa, PAGE_BYTES) is None:
-        return INVALID_INPUT
-    host.doorbell_gpa = gpa
-    return Reply(info_2=gpa)
-
-
-def post_interrupt(machine: Machine, vcpu: Vcpu, vector: int) -> bool:
-    """Put an interrupt into the vCPU's doorbell page and inject #HV; a vector that waits with a higher one stays.
-
-    Source: 56421, #HV doorbell page; coconut-svsm kernel/src/sev/hv_doorbell.rs.
-    """
-    gpa = host_vcpu(machine, vcpu.vcpu_id).doorbell_gpa
-    raw = read_guest(machine, vcpu, gpa, HvDoorbell.SIZE) if gpa != NO_DOORBELL else None
-    if raw is None:
-        return False
-    page = HvDoorbell.from_bytes(raw)
-    pending = max(page.pending_vector, vector)
-    signalled = page.no_further_signal
-    answer = page.replace(pending_vector=pending, no_further_signal=1).to_bytes()
-    if not write_guest(machine, vcpu, gpa, answer[:4]):
-        return False
-    vcpu.halted = False
-    if not signalled:
-        vcpu.vmcb.event_inj = event(Vector.HV, EventType.EXCEPTION)
-    return True
-
-
-ICR_SHORTHAND_SHIFT, ICR_SELF, ICR_ALL, ICR_OTHERS = 18, 1, 2, 3
-
-
-def hv_ipi(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, _scratch: Scratch | None) -> Reply:
-    """Send an interrupt to vCPUs with a doorbell page; SW_EXITINFO1 is an x2APIC ICR value.
-
-    Source: 56421, #HV IPI; 24593, 16.5 (ICR).
-    """
-    if not offered(machine, HvFeature.RESTRICTED_INJECTION):
-        return INVALID_EVENT
-    icr = ghcb.sw_exit_info_1
-    shorthand = icr >> ICR_SHORTHAND_SHIFT & 3
-    members = [machine.vcpus[vcpu_id] for vcpu_id in machine.hypervisor.vms[vcpu.vm_id].vcpu_ids]
-    if shorthand == ICR_SELF:
-        members = [vcpu]
-    elif shorthand == ICR_OTHERS:
-        members = [member for member in members if member is not vcpu]
-    elif shorthand != ICR_ALL:
-        target = vcpu_by_apic_id(machine, vcpu.vm_id, icr >> 32)
-        if target is None:
-            return INVALID_INPUT
-        members = [target]
-    for member in members:
-        post_interrupt(machine, member, icr & 0xFF)
-    return DONE
-
-
 SECTION = "56421, section 4; Linux arch/x86/kvm/svm/sev.c"
 
 EVENTS: dict[int, NaeEvent] = {
@@ -342,10 +263,6 @@ EVENTS: dict[int, NaeEvent] = {
     NaeCode.SNP_AP_CREATION: NaeEvent(
         "SNP AP creation", ap_creation, optional=("rax",), since=2, snp_only=True, source=SECTION
     ),
-    NaeCode.HV_DOORBELL: NaeEvent(
-        "#HV doorbell page", hv_doorbell, since=2, snp_only=True, feature=2, source="56421, #HV doorbell page"
-    ),
-    NaeCode.HV_IPI: NaeEvent("#HV IPI", hv_ipi, since=2, snp_only=True, feature=2, source="56421, #HV IPI"),
     NaeCode.APIC_ID_LIST: NaeEvent(
         "APIC ID list",
         apic_id_list,
@@ -358,6 +275,7 @@ EVENTS: dict[int, NaeEvent] = {
     NaeCode.SNP_RUN_VMPL: NaeEvent(
         "run VMPL", run_vmpl, since=2, snp_only=True, feature=5, source="56421, run VMPL; coconut-svsm"
     ),
+    **doorbell.EVENTS,
 }
 """By SW_EXITCODE."""
 
@@ -390,3 +308,4 @@ def register(builder: PluginBuilder) -> None:
         builder.nae_events.add(code, nae_event)
     for info, request in MSR_REQUESTS.items():
         builder.msr_protocol.add(info, request)
+    builder.at_entry(doorbell.before_entry)

@@ -17,6 +17,7 @@ from sevlab.core.steps import deliver_fault
 from sevlab.core.svm import ExitCode
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES, PAGE_MASK
 from sevlab.plugins.sev_es import GuestFailed, Outcome, ReferenceGuest, VcHandler, VcResult, guest_side
+from sevlab.plugins.snp.guest_cpuid import table_of
 from sevlab.plugins.snp.guest_pages import SecretsPage
 from sevlab.plugins.snp.guest_protocol import (
     MessageAnswer,
@@ -36,6 +37,7 @@ from sevlab.plugins.snp.records import (
     RmpResult,
     SendMessage,
     SetPages,
+    UseCpuidPage,
 )
 from sevlab.plugins.snp.rmp_guest import RDX_VMSA, pvalidate, rmp_adjust
 from sevlab.plugins.snp.rmp_host import RmpCode
@@ -64,6 +66,27 @@ class Ended(Exception):  # the way out when the VM ended in the middle
     """The VM has ended."""
 
 
+def snp_vcpu(machine: Machine, number: int) -> Vcpu | None:
+    """The vCPU, if it is an SNP guest's and runs; else the step is refused."""
+    vcpu = machine.vcpus.get(number)
+    if vcpu is None or vcpu.vcpu_id not in snp_state(machine).vcpus or vcpu.stopped or vcpu.halted:
+        machine.emit(Refused(f"vCPU {number} is no SNP guest that runs"))
+        return None
+    return vcpu
+
+
+def conclude(machine: Machine, vcpu: Vcpu, result: VcResult | None) -> None:
+    """What a conversation came to; None: the vCPU sleeps or the VM has ended."""
+    if result is None:
+        return
+    if result.outcome is Outcome.DONE:
+        machine.emit(Done())
+    elif result.fault is not None:
+        deliver_fault(machine, vcpu, result.fault)
+    else:
+        machine.emit(GuestFailed(vcpu.vcpu_id, result.reason))
+
+
 class Agent:
     """Runs the steps of the reference guest; `change_pages` is how it asks for page states once it has a GHCB."""
 
@@ -73,26 +96,8 @@ class Agent:
         self._guest = ReferenceGuest("linux")
         self._change_pages = change_pages
 
-    def _vcpu(self, machine: Machine, number: int) -> Vcpu | None:
-        vcpu = machine.vcpus.get(number)
-        if vcpu is None or vcpu.vcpu_id not in snp_state(machine).vcpus or vcpu.stopped or vcpu.halted:
-            machine.emit(Refused(f"vCPU {number} is no SNP guest that runs"))
-            return None
-        return vcpu
-
     def _converse(self, machine: Machine, vcpu: Vcpu, handler: Any) -> Any:
         return self._guest.converse(machine, vcpu, guest_side(machine, vcpu), handler)
-
-    def _end(self, machine: Machine, vcpu: Vcpu, result: VcResult | None) -> None:
-        """What a conversation came to; None: the vCPU sleeps or the VM has ended."""
-        if result is None:
-            return
-        if result.outcome is Outcome.DONE:
-            machine.emit(Done())
-        elif result.fault is not None:
-            deliver_fault(machine, vcpu, result.fault)
-        else:
-            machine.emit(GuestFailed(vcpu.vcpu_id, result.reason))
 
     # Page states ------------------------------------------------------------------------------------------------
 
@@ -101,7 +106,7 @@ class Agent:
 
         Source: Linux arch/x86/coco/sev/core.c (set_pages_state, pvalidate_pages).
         """
-        vcpu = self._vcpu(machine, step.vcpu)
+        vcpu = snp_vcpu(machine, step.vcpu)
         if vcpu is None:
             return
         length_bytes = PAGE_2M_BYTES if step.page_size else PAGE_BYTES
@@ -139,7 +144,7 @@ class Agent:
         for handler in handlers:
             result = self._converse(machine, vcpu, handler)
             if result is None or result.outcome is not Outcome.DONE:
-                self._end(machine, vcpu, result)
+                conclude(machine, vcpu, result)
                 return False
         return True
 
@@ -177,7 +182,7 @@ class Agent:
 
     def send(self, machine: Machine, step: SendMessage) -> None:
         """Seal, send, open, count. Source: Linux drivers/virt/coco/sev-guest (snp_send_guest_request)."""
-        vcpu = self._vcpu(machine, step.vcpu)
+        vcpu = snp_vcpu(machine, step.vcpu)
         if vcpu is None:
             return
         shapes = (step.shared_gpa | step.secrets_gpa) & PAGE_MASK or max(step.shared_gpa, step.secrets_gpa) >> 51
@@ -262,7 +267,7 @@ class Agent:
 
     def create_ap(self, machine: Machine, step: CreateAp) -> None:
         """Write the save area, make it one by RMPADJUST, and ask. Source: Linux core.c (wakeup_cpu_via_vmgexit)."""
-        vcpu = self._vcpu(machine, step.vcpu)
+        vcpu = snp_vcpu(machine, step.vcpu)
         if vcpu is None:
             return
         if step.vmsa_gpa & PAGE_MASK or step.vmsa_gpa >> 51 or step.apic_id >> 32 or len(step.vmsa) > PAGE_BYTES:
@@ -281,9 +286,35 @@ class Agent:
                     machine.emit(GuestFailed(vcpu.vcpu_id, f"RMPADJUST of {step.vmsa_gpa:#x}: {code}"))
                     return
             handler = create_ap(step.apic_id, step.vmsa_gpa, features, request=step.request, vmpl=step.vmpl)
-            self._end(machine, vcpu, self._converse(machine, vcpu, handler))
+            conclude(machine, vcpu, self._converse(machine, vcpu, handler))
         except FaultUnwind as unwind:
             deliver_fault(machine, vcpu, unwind.fault)
+
+
+def use_cpuid_page(machine: Machine, step: UseCpuidPage) -> None:
+    """Copy the CPUID page for all vCPUs of the guest; one with an impossible count ends it.
+
+    Source: Linux arch/x86/boot/startup/sev-startup.c and sev-shared.c (setup_cpuid_table).
+    """
+    vcpu = snp_vcpu(machine, step.vcpu)
+    if vcpu is None:
+        return
+    if step.cpuid_gpa & PAGE_MASK or step.cpuid_gpa >> 51:
+        machine.emit(Refused("a CPUID page is a page"))
+        return
+    try:
+        page = machine.access.guest_physical_read(vcpu, step.cpuid_gpa, PAGE_BYTES, c_bit=True)
+    except FaultUnwind as unwind:
+        deliver_fault(machine, vcpu, unwind.fault)
+        return
+    if not table_of(page):
+        why = "the CPUID page has an impossible count"
+        machine.emit(GuestFailed(vcpu.vcpu_id, why))
+        ReferenceGuest("linux").converse(machine, vcpu, guest_side(machine, vcpu), terminate(Termination.CPUID, why))
+        return
+    for vcpu_id in machine.hypervisor.vms[vcpu.vm_id].vcpu_ids:
+        guest_side(machine, machine.vcpus[vcpu_id]).cpuid_page = page
+    machine.emit(Done())
 
 
 def register(builder: PluginBuilder) -> None:
@@ -292,3 +323,4 @@ def register(builder: PluginBuilder) -> None:
     builder.steps.add(SetPages, agent.set_pages)
     builder.steps.add(SendMessage, agent.send)
     builder.steps.add(CreateAp, agent.create_ap)
+    builder.steps.add(UseCpuidPage, use_cpuid_page)

@@ -12,6 +12,7 @@ from collections.abc import Generator
 from enum import IntEnum
 from typing import NamedTuple
 
+from sevlab.core.svm import ExitCode
 from sevlab.plugins.sev_es import (
     GuestReply,
     MsrExit,
@@ -25,7 +26,12 @@ from sevlab.plugins.sev_es import (
 )
 from sevlab.plugins.snp.psc import PscEntryValue, PscHeader, PscOperation, build_psc, parse_psc
 
-LINUX_SET = 1
+GHCB_SET, LINUX_SET = 0, 1
+GENERAL_REASON = 0
+"""Of set 0."""
+
+DOORBELL_SET = 1
+X2APIC_EOI = 0x80B
 PSC_ATTEMPTS = 1024
 """How often the guest sends an interrupted request again before it gives up; a hypervisor that never gets on is one
 that refuses. The number is the model's own."""
@@ -39,13 +45,16 @@ class Termination(IntEnum):
     PVALIDATE = 2
     NOT_VMPL0 = 3
     CPUID = 4
+    CPUID_HV = 5
     SECRETS_PAGE = 6
 
 
-def terminate(code: Termination, why: str) -> Generator[PageExit | MsrExit, GuestReply | int, VcResult]:
+def terminate(
+    code: int, why: str, *, reason_set: int = LINUX_SET
+) -> Generator[PageExit | MsrExit, GuestReply | int, VcResult]:
     """Ask for the end of the VM; there is no answer to wait for."""
     value = msr_layout.build(
-        msr_layout.TerminateRequest, MsrInfo.TERMINATE_REQUEST, reason_set=LINUX_SET, reason_code=code
+        msr_layout.TerminateRequest, MsrInfo.TERMINATE_REQUEST, reason_set=reason_set, reason_code=code
     )
     yield MsrExit(value)
     return VcResult(Outcome.TERMINATE, reason=why)
@@ -93,6 +102,37 @@ def change_page_state_early(gpa: int, operation: PscOperation) -> VcHandler:
     assert isinstance(answer, int)
     if answer != MsrInfo.PAGE_STATE_RESPONSE:
         return (yield from terminate(Termination.PSC, f"page state change: response {answer:#x}"))
+    return VcResult(Outcome.DONE)
+
+
+def set_doorbell(gpa: int) -> VcHandler:
+    """Register the #HV doorbell page; without interrupts there is nothing to go on with.
+
+    Source: coconut-svsm kernel/src/sev/hv_doorbell.rs; that the page is echoed: 56421, #HV doorbell page.
+    """
+    reply = yield PageExit(NaeCode.HV_DOORBELL, DOORBELL_SET, gpa)
+    assert isinstance(reply, GuestReply)
+    if reply.info_1 & 0xFFFF_FFFF or reply.info_2 != gpa:
+        why = f"#HV doorbell page: {reply.info_1:#x}, {reply.info_2:#x}"
+        return (yield from terminate(GENERAL_REASON, why, reason_set=GHCB_SET))
+    return VcResult(Outcome.DONE)
+
+
+def send_hv_ipi(icr: int) -> VcHandler:
+    """Have an interrupt posted to vCPUs of this guest. Source: coconut-svsm kernel/src/sev/ghcb.rs (hv_ipi)."""
+    reply = yield PageExit(NaeCode.HV_IPI, icr)
+    assert isinstance(reply, GuestReply)
+    if reply.info_1 & 0xFFFF_FFFF:
+        return VcResult(Outcome.VMM_ERROR, reason=f"#HV IPI: {reply.info_1:#x}, {reply.info_2:#x}")
+    return VcResult(Outcome.DONE)
+
+
+def end_of_interrupt() -> VcHandler:
+    """Write the x2APIC's EOI register. Source: coconut-svsm kernel/src/cpu/apic.rs."""
+    reply = yield PageExit(ExitCode.MSR, 1, fields={"rcx": X2APIC_EOI, "rax": 0, "rdx": 0})
+    assert isinstance(reply, GuestReply)
+    if reply.info_1 & 0xFFFF_FFFF:
+        return VcResult(Outcome.VMM_ERROR, reason=f"EOI: {reply.info_1:#x}, {reply.info_2:#x}")
     return VcResult(Outcome.DONE)
 
 

@@ -40,6 +40,11 @@ class HostVcpu(Stateful):
     on_init: int = NO_PAGE
     """A save area that waits for the next INIT and start-up IPI."""
     doorbell_gpa: int = NO_DOORBELL
+    irr: int = 0
+    """Interrupts that wait for room in the doorbell page, a bit each."""
+    needs_eoi: int = 0
+    """Which of them an interrupt controller keeps in service until their EOI."""
+    nmi: bool = False
 
 
 class HostGuest(Stateful):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sevlab.core.vocabulary import Boundary, Checked, Input, outcome, step
+from sevlab.core.vocabulary import Boundary, Checked, Derived, Input, outcome, step
 
 
 @step("snp.rmpupdate", Boundary.MEMORY)
@@ -148,6 +148,48 @@ class CreateAp(NamedTuple):
     vmsa: Input[bytes]
 
 
+@step("snp.cpuid-page", Boundary.GHCB)
+class UseCpuidPage(NamedTuple):
+    """The reference guest of a vCPU's VM copies the CPUID page at `cpuid_gpa` and answers CPUID from it from now on."""
+
+    vcpu: Input[int]
+    cpuid_gpa: Input[int]
+
+
+@step("snp.doorbell", Boundary.GHCB)
+class SetDoorbell(NamedTuple):
+    """The reference guest tells its hypervisor that its #HV doorbell page is the shared page at `gpa`."""
+
+    vcpu: Input[int]
+    gpa: Input[int]
+
+
+@step("snp.hv", Boundary.GHCB)
+class TakeHv(NamedTuple):
+    """The reference guest's #HV handler: takes what its doorbell page says, above the priority of `tpr`."""
+
+    vcpu: Input[int]
+    tpr: Input[int]
+
+
+@step("snp.hv-ipi", Boundary.GHCB)
+class SendHvIpi(NamedTuple):
+    """The reference guest sends an interrupt to vCPUs of its own: `icr` is an x2APIC ICR value."""
+
+    vcpu: Input[int]
+    icr: Input[int]
+
+
+@outcome("snp.hv-taken", Boundary.GHCB)
+class HvTaken(NamedTuple):
+    """What the #HV handler found: `vectors` that it dispatched, those that are `no_interrupts`, and an NMI."""
+
+    vcpu: Derived[int]
+    vectors: Checked[tuple[int, ...]]
+    no_interrupts: Checked[tuple[int, ...]]
+    nmi: Checked[bool]
+
+
 @outcome("snp.answer", Boundary.GHCB)
 class MessageAnswered(NamedTuple):
     """What the reference guest got of the firmware: the payload, opened and checked, and the certificates."""
@@ -164,4 +206,15 @@ class MessageFailed(NamedTuple):
     key_gone: Checked[bool]
 
 
-GUEST_RECORDS: tuple[type, ...] = (SetPages, SendMessage, CreateAp, MessageAnswered, MessageFailed)
+GUEST_RECORDS: tuple[type, ...] = (
+    SetPages,
+    SendMessage,
+    CreateAp,
+    UseCpuidPage,
+    SetDoorbell,
+    TakeHv,
+    SendHvIpi,
+    HvTaken,
+    MessageAnswered,
+    MessageFailed,
+)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.config import Option
+from sevlab.core.svm import ExitCode
 from sevlab.plugins.sev import LENDER, register_commands, sev_state
+from sevlab.plugins.sev_es import HvFeature, sev_es_state
 from sevlab.plugins.snp import (
     ghcb_events,
     guest_agent,
+    guest_cpuid,
+    guest_hv,
     legacy_rules,
     records,
     registers,
@@ -62,6 +66,8 @@ def register(builder: PluginBuilder) -> None:
     ghcb_events.register(builder)
     vmrun.register(builder)
     guest_agent.register(builder)
+    guest_hv.register(builder)
+    builder.vc_handlers.replace(ExitCode.CPUID, guest_cpuid.make_cpuid)
     svsm.register(builder)
     check = RmpCheck()
     builder.at_boot(check.attach)
@@ -82,5 +88,6 @@ def register(builder: PluginBuilder) -> None:
         platform.report_version = int(options["report_version"]) or (5 if part.name == "turin" else 3)
         platform.smt = bool(options["smt"])
         snp_hypervisor(machine).psc_batch = int(options["psc_batch"])
+        sev_es_state(machine).features |= HvFeature.SNP  # whoever runs SNP guests offers it
 
     builder.at_boot(load_firmware)

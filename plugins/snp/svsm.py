@@ -21,10 +21,10 @@ from sevlab.core.units import MASK64, PAGE_2M_BYTES, PAGE_BYTES, PAGE_MASK, is_a
 from sevlab.core.vocabulary import Boundary, Checked, Input, outcome, step
 from sevlab.plugins.sev_es import MsrExit, MsrInfo, Outcome, ReferenceGuest, VcHandler, VcResult, Vmsa, msr_layout
 from sevlab.plugins.sev_es import guest_side as es_side
+from sevlab.plugins.snp.guest_agent import snp_vcpu
 from sevlab.plugins.snp.guest_pages import SvsmCallingArea
 from sevlab.plugins.snp.rmp_guest import RDX_VMSA, pvalidate, rmp_adjust
 from sevlab.plugins.snp.rmp_host import RmpCode
-from sevlab.plugins.snp.states import snp_state
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
@@ -128,9 +128,8 @@ class Caller:
 
         Source: Linux arch/x86/coco/sev/core.c (svsm_perform_call_protocol).
         """
-        vcpu = machine.vcpus.get(request.vcpu)
-        if vcpu is None or vcpu.vcpu_id not in snp_state(machine).vcpus or vcpu.stopped or vcpu.halted:
-            machine.emit(Refused(f"vCPU {request.vcpu} is no SNP guest that runs"))
+        vcpu = snp_vcpu(machine, request.vcpu)
+        if vcpu is None:
             return
         pages = request.caa_gpa | request.vmsa_gpa
         if vcpu.vmpl != CALLER_VMPL or pages & PAGE_MASK or max(request.caa_gpa, request.vmsa_gpa) >> 51:

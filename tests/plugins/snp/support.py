@@ -106,8 +106,8 @@ def snp_vmsa(**fields):
     )
 
 
-def talking_machine(*, vcpus=1, guests=1, features=0b11, pages=(), vmsa=None, options=None, **settings):
-    """Guests that run, each with a GHCB and shared pages for messages, by the reference guest and hypervisor."""
+def launched_machine(*, vcpus=1, guests=1, features=0b11, pages=(), vmsa=None, options=None, **settings):
+    """Guests that are launched and scheduled, and have said nothing yet."""
     options = {"sev_es": {"features": features}} | (options or {})
     machine = snp_machine(guests, vcpus=vcpus, options=options, **settings)
     launched = []
@@ -121,8 +121,17 @@ def talking_machine(*, vcpus=1, guests=1, features=0b11, pages=(), vmsa=None, op
         for vcpu_id in vm.vcpu_ids[1:]:
             machine.vcpus[vcpu_id].halted = True
         driver.finish(machine, guest)
-        first = vm.vcpu_ids[0]
         machine.apply(Schedule())
+        launched.append(guest)
+    machine.mark()
+    return machine, launched
+
+
+def talking_machine(**settings):
+    """Guests that run, each with a GHCB and shared pages for messages, by the reference guest and hypervisor."""
+    machine, launched = launched_machine(**settings)
+    for vm in list(machine.hypervisor.vms.values()):
+        first = vm.vcpu_ids[0]
         for step in (
             SetPages(first, GHCB_GPA, 1, 0, False),
             GuestSetup(first, GHCB_GPA),
@@ -131,6 +140,5 @@ def talking_machine(*, vcpus=1, guests=1, features=0b11, pages=(), vmsa=None, op
         ):
             outcome = machine.apply(step)
             assert Done() in outcome.records, outcome
-        launched.append(guest)
     machine.mark()
     return machine, launched
