@@ -123,6 +123,8 @@ class Fetch(NamedTuple):
     number: int
     spa: int
     length_bytes: int
+    area_spa: int
+    """Where the window begins through which it was read: what belongs to one message has one."""
 
 
 class RaceWrite(NamedTuple):
@@ -179,16 +181,16 @@ class SharedFetches:
         """A place in a handler where another party may run, without a fetch: a race can wait for it all the same."""
         self.count += 1
         if self.watched:
-            self.notice(NO_SPA, 0)
+            self.notice(NO_SPA, 0, NO_SPA)
 
-    def notice(self, spa: int, length_bytes: int) -> None:
+    def notice(self, spa: int, length_bytes: int, area_spa: int) -> None:
         """Slow path of a fetch: let due races happen, then record."""
         if self.races:
             due = [race for race in self.races if race.before_fetch == self.count]
             for race in due:
                 self.memory.write(race.spa, race.data, race.key, race.tag)
         if self.log is not None:
-            self.log.append(Fetch(self.count, spa, length_bytes))
+            self.log.append(Fetch(self.count, spa, length_bytes, area_spa))
 
 
 class SharedBuffer:
@@ -221,7 +223,7 @@ class SharedBuffer:
         fetches = self._fetches
         fetches.count += 1
         if fetches.watched:
-            fetches.notice(self.spa + offset, length_bytes)
+            fetches.notice(self.spa + offset, length_bytes, self.spa)
         if self._one_page:
             page = self._memory.pages.get(self._pfn)
             if page is not None and page.key is self.key:
@@ -236,7 +238,7 @@ class SharedBuffer:
         fetches = self._fetches
         fetches.count += 1
         if fetches.watched:
-            fetches.notice(self.spa + offset, width_bytes)
+            fetches.notice(self.spa + offset, width_bytes, self.spa)
         if self._one_page:
             page = self._memory.pages.get(self._pfn)
             if page is not None and page.key is self.key:

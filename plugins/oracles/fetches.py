@@ -17,7 +17,10 @@ mailbox command may lie in its own buffer."""
 
 
 class SingleFetch:
-    """No byte of shared memory is fetched twice while one message is served."""
+    """No byte of a message in shared memory is fetched twice while it is served.
+
+    A guest may lay its scratch area over its GHCB: each is read once, and neither is the other's second look.
+    """
 
     name = "single-fetch"
     documentation = (
@@ -32,10 +35,14 @@ class SingleFetch:
         if not log or len(log) < 2 or kind not in JUDGED:
             return ()
         spans = sorted(
-            (fetch.spa, fetch.spa + fetch.length_bytes, fetch.number) for fetch in log if fetch.spa != NO_SPA
+            (fetch.area_spa, fetch.spa, fetch.spa + fetch.length_bytes, fetch.number)
+            for fetch in log
+            if fetch.spa != NO_SPA
         )
-        end, number = -1, 0
-        for start, stop, this in spans:
+        area, end, number = -1, -1, 0
+        for this_area, start, stop, this in spans:
+            if this_area != area:
+                area, end = this_area, -1
             if start < end:
                 message = f"fetches {min(number, this)} and {max(number, this)} both read {start:#x}"
                 return (Finding(self.name, "twice", message, kind),)

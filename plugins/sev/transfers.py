@@ -98,7 +98,7 @@ def encrypt_in_place(
     fetches = machine.fetches
     fetches.count += 1
     if fetches.watched:
-        fetches.notice(place.spa, length_bytes)
+        fetches.notice(place.spa, length_bytes, place.spa)
     machine.memory.hand_over(
         place.spa, length_bytes, place.key, guest.key(machine), guest_tag_of(machine, guest), consume
     )

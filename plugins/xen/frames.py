@@ -28,7 +28,7 @@ def fetch(machine: Machine, spa: int, length_bytes: int) -> bytes:
     fetches = machine.fetches
     fetches.count += 1
     if fetches.watched:
-        fetches.notice(spa, length_bytes)
+        fetches.notice(spa, length_bytes, spa)
     return machine.memory.read(spa, length_bytes, None)
 
 

@@ -109,7 +109,7 @@ def test_the_log_names_every_fetch(shared, fetches):
     fetches.keep_log(keep=True)
     shared.read_uint(0x10, 4)
     shared.read(0x20, 3)
-    assert fetches.log == [Fetch(1, 0x3010, 4), Fetch(2, 0x3020, 3)]
+    assert fetches.log == [Fetch(1, 0x3010, 4, 0x3000), Fetch(2, 0x3020, 3, 0x3000)]
     fetches.keep_log(keep=False)
     shared.read_uint(0, 1)
     assert fetches.log is None

@@ -11,7 +11,7 @@ from sevlab.plugins import oracles
 from sevlab.plugins.oracles import OwnerTaint, SingleFetch, StepBudget
 from sevlab.plugins.oracles.budget import MAX_FETCHES, MAX_RECORDS
 from sevlab.plugins.sev.fuzzing import ContextInvariants, ResourceBalance
-from sevlab.plugins.sev_es import Ghcb, Vmgexit
+from sevlab.plugins.sev_es import Ghcb, NaeCode, Vmgexit
 from sevlab.plugins.sev_es.fuzzing import GHCB_GPA, PrivateMmio, VcProvenance, VcpuInvariants
 from sevlab.plugins.sev_es.records import GhcbRequest, VcDelivered
 
@@ -62,6 +62,16 @@ def test_single_fetch_sees_a_second_look_at_a_byte(ghcb):
     (finding,) = oracle.step_end(machine, CPUID, NOTHING)
     assert (finding.oracle, finding.rule) == ("single-fetch", "twice")
     assert f"{spa + 0x390:#x}" in finding.message
+
+
+def test_single_fetch_lets_a_guest_lay_its_scratch_area_over_its_ghcb(ghcb):
+    """Two areas that overlap are each read once: KVM takes such a scratch area in version 1."""
+    machine, oracle = ghcb.machine, SingleFetch()
+    machine.fetches.keep_log(keep=True)
+    fields = {"sw_exit_code": NaeCode.MMIO_WRITE, "sw_exit_info_1": 0xFEE0_0000, "sw_exit_info_2": 0x2000}
+    step = Vmgexit(0, GHCB_GPA, Ghcb.build(**fields, sw_scratch=GHCB_GPA - 0x800))
+    assert oracle.step_end(machine, step, machine.apply(step)) == ()
+    assert len(machine.fetches.log) == 2
 
 
 def test_taint_sees_private_bytes_of_an_encrypted_guest_in_the_open(ghcb):
