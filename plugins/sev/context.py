@@ -136,7 +136,7 @@ class Ring(Stateful):
 class SevState(Stateful):
     """State of the plugin: the platform context and everything below it.
 
-    `snp_initialised` and `rmp_initialised` belong to SNP, which sets them; legacy commands obey.
+    `snp_initialised`, `rmp_initialised` and `rmp` belong to SNP, which sets them; legacy commands obey.
     """
 
     state: PlatformState = PlatformState.UNINIT
@@ -163,6 +163,8 @@ class SevState(Stateful):
     """Least ASID of a guest without SEV-ES."""
     snp_initialised: bool = False
     rmp_initialised: bool = False
+    rmp: tuple[int, int] = (0, 0)
+    """First byte and length of the RMP, which no command reaches by an address."""
 
 
 def sev_state(machine: Machine) -> SevState:

@@ -31,7 +31,7 @@ from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.plugins.sev.asids import in_range, owned
 from sevlab.plugins.sev.context import sev_state
 from sevlab.plugins.sev.layout import MEASUREMENT_BYTES
-from sevlab.plugins.sev.legacy import LEGACY_COMMANDS
+from sevlab.plugins.sev.legacy import LEGACY_COMMANDS, WRITTEN
 from sevlab.plugins.sev.numbers import Command, Policy, Status
 from sevlab.plugins.sev.states import PlatformState
 from sevlab.plugins.sme import SYSCFG
@@ -71,15 +71,23 @@ def _lender(machine: Machine) -> Lender | None:
 
 
 @contextmanager
-def lent(machine: Machine, spa: int, length_bytes: int) -> Iterator[None]:
-    """The pages of a buffer that a command writes are the firmware's meanwhile, where SNP demands it."""
+def lent(machine: Machine, *ranges: tuple[int, int]) -> Iterator[None]:
+    """The pages of what a command writes - (address, length) each - are the firmware's meanwhile, where SNP demands it.
+
+    Source: Linux drivers/crypto/ccp/sev-dev.c (snp_map_cmd_buf_desc_list, snp_unmap_cmd_buf_desc_list).
+    """
     lender = _lender(machine)
-    pages = [start & -PAGE_BYTES for start, _ in split_pages(spa, length_bytes)] if lender is not None else []
+    if lender is None:
+        yield
+        return
+    c_bit = 1 << machine.config.part.c_bit
+    parts = [part for spa, length_bytes in ranges for part in split_pages(spa & ~c_bit, length_bytes)]
+    pages = tuple(dict.fromkeys(start & -PAGE_BYTES for start, _ in parts))
     for page in pages:
-        lender.give(machine, page)  # type: ignore[union-attr]  # there are no pages without a lender
+        lender.give(machine, page)
     yield
     for page in pages:
-        lender.take(machine, page)  # type: ignore[union-attr]
+        lender.take(machine, page)
 
 
 class Reply(NamedTuple):
@@ -92,19 +100,28 @@ class Reply(NamedTuple):
 def run(machine: Machine, command: Command, *, buffer_spa: int = 0, **fields: FieldValue) -> Reply:
     """Run one command with these fields in its buffer, which lies at `buffer_spa` (0: the driver's page).
 
-    While SNP is initialised a buffer that the firmware answers in is lent to it for the command.
+    While SNP is initialised what the firmware writes - the buffer that it answers in, the memory that the command
+    names - is lent to it for the command.
     """
     layout = BUFFERS[command]
     if layout is None:
         return _reply(machine, AspCommand("sev", command, 0, b""), None)
     where = buffer_spa or scratch_page(machine)
     lender = _lender(machine)
-    if lender is not None and command in ANSWERING:
-        put(machine, where, layout.build(**fields))
-        with lent(machine, where, layout.SIZE):
-            answer = lender.ring(machine, command, where)
-        return Reply(answer.status, layout.from_bytes(answer.buffer) if answer.buffer else None)
-    return _reply(machine, AspCommand("sev", command, where, layout.build(**fields)), layout)
+    if lender is None:
+        return _reply(machine, AspCommand("sev", command, where, layout.build(**fields)), layout)
+    put(machine, where, layout.build(**fields))
+    ranges = [(_number(fields, spa), _number(fields, length)) for spa, length in WRITTEN.get(command, ())]
+    if command in ANSWERING:
+        ranges.append((where, layout.SIZE))
+    with lent(machine, *(written for written in ranges if all(written))):
+        answer = lender.ring(machine, command, where)
+    return Reply(answer.status, layout.from_bytes(answer.buffer) if answer.buffer else None)
+
+
+def _number(fields: Mapping[str, FieldValue], name: str) -> int:
+    value = fields.get(name, 0)
+    return value if isinstance(value, int) else 0
 
 
 def _reply(machine: Machine, step: AspCommand, layout: type[Layout] | None) -> Reply:
@@ -131,6 +148,8 @@ class Driver(Stateful):
 
     buffers_spa: int = 0
     tmr_spa: int = 0
+    tmr_lent: bool = False
+    """Whether the TMR's pages were given to the firmware."""
 
 
 BUFFER_PAGES = 16
@@ -172,11 +191,18 @@ def enable_encryption(machine: Machine) -> None:
 
 
 def tmr_fields(machine: Machine) -> dict[str, int]:
-    """The fields of INIT and INIT_EX that turn SEV-ES on; the region is allocated once."""
+    """The fields of INIT and INIT_EX that turn SEV-ES on; the region is allocated once.
+
+    Beside SNP it is the firmware's from the first time on. Source: Linux sev-dev.c (__sev_platform_init_locked).
+    """
     driver = cast("Driver", machine.components["sev.driver"])
     if not driver.tmr_spa:
         driver.tmr_spa = machine.hypervisor.allocate_pages(PAGE_2M_BYTES // PAGE_BYTES, alignment_bytes=PAGE_2M_BYTES)
     length = PAGE_2M_BYTES if sev_state(machine).rmp_initialised else TMR_BYTES
+    if not driver.tmr_lent and (lender := _lender(machine)) is not None:
+        for page in range(driver.tmr_spa, driver.tmr_spa + length, PAGE_BYTES):
+            lender.give(machine, page)
+        driver.tmr_lent = True
     return {"es": 1, "tmr_spa": driver.tmr_spa, "tmr_bytes": length}
 
 
@@ -186,6 +212,8 @@ def initialise(machine: Machine, *, es: bool = False) -> None:
     status = need(machine, Command.PLATFORM_STATUS)
     if status.state == PlatformState.UNINIT:
         need(machine, Command.INIT, **(tmr_fields(machine) if es else {}))
+        if es and _lender(machine) is not None:
+            flush(machine)  # no ASID is dirty that would ask for it, and the TMR is not in use before
     elif es and not status.config:
         raise ConfigError("the platform is initialised without SEV-ES: SHUTDOWN first")
 
@@ -268,8 +296,7 @@ def load(machine: Machine, vm: Vm, guest: Launched, gpa: int, data: bytes) -> No
 def measure(machine: Machine, guest: Launched) -> Launched:
     """LAUNCH_MEASURE: the guest with its measurement."""
     page = scratch_page(machine) + PAGE_BYTES
-    with lent(machine, page, MEASUREMENT_BYTES):
-        need(machine, Command.LAUNCH_MEASURE, handle=guest.handle, spa=page, length=MEASUREMENT_BYTES)
+    need(machine, Command.LAUNCH_MEASURE, handle=guest.handle, spa=page, length=MEASUREMENT_BYTES)
     return guest._replace(measurement=get(machine, page, MEASUREMENT_BYTES))
 
 

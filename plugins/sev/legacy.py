@@ -55,6 +55,27 @@ LENGTH_QUERY = (
 )
 """Source of both: AMD-ASPFW sev_uapp/src/sev_dispatch.c, master_handler_table."""
 
+WRITTEN: dict[Command, tuple[tuple[str, str], ...]] = {
+    Command.PEK_CSR: (("spa", "length"),),
+    Command.PDH_CERT_EXPORT: (("pdh_spa", "pdh_bytes"), ("chain_spa", "chain_bytes")),
+    Command.GET_ID: (("spa", "length"),),
+    Command.LAUNCH_UPDATE_DATA: (("spa", "length"),),
+    Command.LAUNCH_UPDATE_VMSA: (("spa", "length"),),
+    Command.LAUNCH_MEASURE: (("spa", "length"),),
+    Command.LAUNCH_SECRET: (("guest_spa", "guest_bytes"),),
+    Command.ATTESTATION: (("spa", "length"),),
+    Command.SEND_START: (("session_spa", "session_bytes"),),
+    Command.SEND_UPDATE_DATA: (("header_spa", "header_bytes"), ("transport_spa", "transport_bytes")),
+    Command.SEND_UPDATE_VMSA: (("header_spa", "header_bytes"), ("transport_spa", "transport_bytes")),
+    Command.RECEIVE_UPDATE_DATA: (("guest_spa", "guest_bytes"),),
+    Command.RECEIVE_UPDATE_VMSA: (("guest_spa", "guest_bytes"),),
+    Command.DBG_DECRYPT: (("destination_spa", "length"),),
+    Command.DBG_ENCRYPT: (("destination_spa", "length"),),
+}
+"""The memory that a command writes besides its buffer: address and length. COPY and the swaps, which no driver sends,
+are left to their callers. Source: Linux drivers/crypto/ccp/sev-dev.c, snp_populate_cmd_buf_desc_list.
+"""
+
 LEGACY_COMMANDS: tuple[MailboxCommand, ...] = (
     _declare(Command.INIT, platform.init, b.Init),
     _declare(Command.SHUTDOWN, platform.shutdown),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def valid_range(machine: Machine, address: int, length_bytes: int) -> bool:
-    """Whether the ASP may touch these bytes for a command: memory, but not its trusted region or the queues.
+    """Whether the ASP may touch these bytes for a command: memory, but not its trusted region, the queues or the RMP.
 
     The model has no SMRAM, so that no range is TSEG or ASEG. Source: AMD-ASPFW sev_uapp/src/x86_copy.c,
     validate_address_range.
@@ -27,7 +27,8 @@ def valid_range(machine: Machine, address: int, length_bytes: int) -> bool:
     if place is None or length_bytes <= 0:
         return False
     sev = sev_state(machine)
-    if overlap(place.spa, length_bytes, sev.tmr.spa, sev.tmr.length_bytes):
+    kept = ((sev.tmr.spa, sev.tmr.length_bytes), sev.rmp)
+    if any(overlap(place.spa, length_bytes, *own) for own in kept):
         return False
     queues = (*sev.ring.commands_spa, *sev.ring.statuses_spa) if sev.ring.enabled else ()
     return not any(overlap(place.spa, length_bytes, guest_spa(machine, page), PAGE_BYTES) for page in queues if page)

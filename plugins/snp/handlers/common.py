@@ -41,9 +41,9 @@ def range_status(machine: Machine, address: int, length_bytes: int) -> Status:
 
     Source: AMD-ASPFW sev_uapp/src/x86_copy.c and sev_rmp.c.
     """
-    if not transfers.valid_range(machine, address, length_bytes):
-        return Status.INVALID_ADDRESS
-    return Status.INVALID_PARAM if overlaps_rmp(machine, plain(machine, address), length_bytes) else Status.SUCCESS
+    if overlaps_rmp(machine, plain(machine, address), length_bytes):
+        return Status.INVALID_PARAM
+    return Status.SUCCESS if transfers.valid_range(machine, address, length_bytes) else Status.INVALID_ADDRESS
 
 
 def page_bytes(*, large: int) -> int:

@@ -100,6 +100,7 @@ def _initialise(machine: Machine, request: Request[NoBuffer] | Request[SnpInitEx
         platform.rmp_tcb = platform.current_tcb
         sev.rmp_initialised = True
     sev.snp_initialised = True
+    sev.rmp = (snp.rmp_base, snp.rmp_end + 1 - snp.rmp_base)
     asids.make_all_dirty(sev)
     platform.guests.clear()
     platform.rapl_dis = bool(buffer.rapl_dis)

@@ -9,6 +9,8 @@ from sevlab.core.events import AspCommand, AspStatus, CacheOp, HostMsr
 from sevlab.core.testing import make_machine
 from sevlab.plugins import sev
 from sevlab.plugins.sev import Command, Status, sev_state
+from sevlab.plugins.sev import driver as sev_driver
+from sevlab.plugins.sev_es import MsrReply, Vmgexit, initial_vmsa, set_up_vcpus
 from sevlab.plugins.snp import driver, keys
 from sevlab.plugins.snp.automata import SNP_GUEST, SNP_PLATFORM, SnpGuestState, SnpPlatformState
 from sevlab.plugins.snp.buffers import (
@@ -589,11 +591,62 @@ def test_a_legacy_command_without_an_answer_takes_any_buffer(machine):
     assert machine.apply(AspCommand("sev", Command.INIT, 0x1000, bytes(0x14))).first(AspStatus).status == 0
 
 
+def legacy(machine, command, **fields):
+    """The firmware's own answer: the command's buffer is lent, what it writes is not."""
+    spa = machine.hypervisor.allocate_pages(1)
+    driver.put(machine, spa, sev_driver.BUFFERS[command].build(**fields))
+    if command in sev_driver.ANSWERING:
+        driver.make_firmware(machine, spa)
+    return PageLender().ring(machine, command, spa).status
+
+
 def test_a_legacy_output_page_must_be_firmware_too(machine):
     machine.apply(AspCommand("sev", Command.INIT, 0x1000, bytes(0x14)))
-    spa, target = machine.hypervisor.allocate_pages(1), machine.hypervisor.allocate_pages(1)
-    request = {"buffer_spa": spa, "spa": target, "length": 64}
-    assert sev.run(machine, Command.GET_ID, **request).status == S.INVALID_PAGE_STATE
+    target = machine.hypervisor.allocate_pages(1)
+    assert legacy(machine, Command.GET_ID, spa=target, length=64) == S.INVALID_PAGE_STATE
     driver.make_firmware(machine, target)
-    assert sev.run(machine, Command.GET_ID, **request).status == S.SUCCESS
+    assert legacy(machine, Command.GET_ID, spa=target, length=64) == S.SUCCESS
     assert any(driver.get(machine, target, 64))
+
+
+@pytest.mark.parametrize("state", ["the hypervisor's", "another guest's", "the RMP's"])
+def test_the_firmware_encrypts_no_page_in_place_that_is_not_its_own(machine, state):
+    """The published firmware wants Firmware or Default for LAUNCH_UPDATE_DATA, as for every page that it writes."""
+    guest = sev.begin_launch(machine, 0, asid=sev.sev_state(machine).min_asid)
+    target = machine.hypervisor.allocate_pages(1)
+    if state == "another guest's":
+        assert driver.rmp_update(machine, target, assigned=1, immutable=1, asid=3) == 0
+    elif state == "the RMP's":
+        target = snp_state(machine).rmp_base
+    before = machine.memory.dram(target, 4096)
+    status = legacy(machine, Command.LAUNCH_UPDATE_DATA, handle=guest.handle, spa=target, length=4096)
+    assert status == (S.INVALID_ADDRESS if state == "the RMP's" else S.INVALID_PAGE_STATE)
+    assert machine.memory.dram(target, 4096) == before
+    fresh = machine.hypervisor.allocate_pages(1)
+    driver.make_firmware(machine, fresh)
+    assert legacy(machine, Command.LAUNCH_UPDATE_DATA, handle=guest.handle, spa=fresh, length=4096) == S.SUCCESS
+
+
+def test_sev_and_sev_es_guests_are_launched_beside_snp_and_get_their_pages_back():
+    """The driver gives what a command writes to the firmware and reclaims it, as Linux does."""
+    machine = snp_machine(guests=2)
+    loads = {0x1000: b"beside" + bytes(0x2FFA)}
+    plain = sev.launch_guest(machine, 0, asid=sev.sev_state(machine).min_asid, loads=loads)
+    vm = machine.hypervisor.vms[0]
+    assert all(state_of(machine, vm.memory_spa + n * 4096) is PageState.HYPERVISOR for n in range(5))
+    assert machine.access.guest_physical_read(machine.vcpus[0], 0x1000, 6, c_bit=True) == b"beside"
+    assert machine.memory.dram(vm.memory_spa + 0x1000, 6) != b"beside"
+    target = machine.hypervisor.allocate_pages(1)
+    decrypt = {"handle": plain.handle, "source_spa": vm.memory_spa + 0x1000, "destination_spa": target, "length": 16}
+    sev.need(machine, Command.DBG_DECRYPT, **decrypt)
+    assert driver.get(machine, target, 6) == b"beside"
+    assert state_of(machine, target) is PageState.HYPERVISOR
+    sev.need(machine, Command.SHUTDOWN)
+
+    es = sev.launch_guest(machine, 1, policy=sev.Policy.ES, loads=loads, vmsas=[initial_vmsa()])
+    set_up_vcpus(machine, 1)
+    assert es.asid < sev.sev_state(machine).min_asid
+    assert state_of(machine, machine.vcpus[1].vmcb.vmsa_pa) is PageState.HYPERVISOR
+    assert machine.apply(Vmgexit(1, 0x002, b"")).first(MsrReply).value & 0xFFF == 1
+    tmr = machine.components["sev.driver"].tmr_spa
+    assert state_of(machine, tmr) is state_of(machine, tmr + 0x1F_F000) is PageState.FIRMWARE
