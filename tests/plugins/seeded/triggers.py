@@ -10,9 +10,10 @@ from sevlab.core.events import AspCommand, CpuExit, MemoryWrite, Party, Race, Sc
 from sevlab.core.exitinfo import ioio_word
 from sevlab.core.svm import ExitCode, NpfError
 from sevlab.core.testing import make_machine
-from sevlab.plugins import seeded, sev
+from sevlab.plugins import seeded
 from sevlab.plugins.seeded.asp import LAYOUTS
 from sevlab.plugins.sev import Command, GuestState, Policy, launch_guest
+from sevlab.plugins.sev import driver as sev_driver
 from sevlab.plugins.sev_es import ForgeReply, GuestSetup, NaeCode, Vmgexit, initial_vmsa, set_up_vcpus
 from sevlab.plugins.snp import SetPages, SnpGuestRequest, driver
 from sevlab.plugins.snp.messages import seal
@@ -223,7 +224,10 @@ def s18(machine):
 
 def s19(machine):
     victim = machine.hypervisor.vms[0].memory_spa + support.PRIVATE_GPA
-    sev.run(machine, Command.GET_ID, spa=victim, length=0x80)
+    spa = machine.hypervisor.allocate_pages(1)
+    driver.put(machine, spa, sev_driver.BUFFERS[Command.GET_ID].build(spa=victim, length=0x80))
+    driver.make_firmware(machine, spa)  # as a driver does; the victim's page is what it forgets
+    driver.PageLender().ring(machine, Command.GET_ID, spa)
 
 
 def s20(machine):
