@@ -4,7 +4,7 @@ Documents: Xen public headers and sources of 4.22-dev (c447b7308b); what a guest
 ABI, FastABI and coco_op are Vates's series, not upstream.
 
 What you may touch: `HypercallEntry` and `Call` (to replace a hypercall by number), `HvContext`, `VpMask` and friends
-(to replace a Hyper-V call under `HYPERV_FLAG | code`), `xen`, `Domain` (state), `guest.XenGuest` (a scripted guest),
+(to replace a Hyper-V call under `HYPERV_FLAG | code`), `xen`, `Domain` (state), `XenGuest` and `XenstoreClient` (a scripted guest),
 `SURVIVAL` (which hypercall survives encryption), and the numbers.
 """
 
@@ -23,6 +23,7 @@ from sevlab.plugins.xen.discovery import Discovery, hypercall_page
 from sevlab.plugins.xen.dispatch import HypercallEntry, Owner
 from sevlab.plugins.xen.fuzzing import COUNTERS, ORACLES, PAYLOADS, TARGETS
 from sevlab.plugins.xen.guest import XenGuest
+from sevlab.plugins.xen.guest_store import XenstoreClient
 from sevlab.plugins.xen.hypercalls.table import TABLE
 from sevlab.plugins.xen.hyperv import HvContext, HvInput, VpMask, sparse_set
 from sevlab.plugins.xen.layout import LAYOUTS
@@ -49,11 +50,14 @@ from sevlab.plugins.xen.records import (
     Hypercalled,
     HypercallStep,
     Upcall,
+    XenstoreReply,
+    XenstoreRequest,
 )
 from sevlab.plugins.xen.settings import OPTIONS, settings_of
 from sevlab.plugins.xen.startup import enter_long_mode, enter_protected_mode
 from sevlab.plugins.xen.state import CHANNEL, Domain, XenState, domain_of, xen
 from sevlab.plugins.xen.steps import Steps
+from sevlab.plugins.xen.xenstore.wire import XsType
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
@@ -97,6 +101,10 @@ __all__ = [
     "Vcpuop",
     "VpMask",
     "XenGuest",
+    "XenstoreClient",
+    "XenstoreReply",
+    "XenstoreRequest",
+    "XsType",
     "domain_of",
     "enter_long_mode",
     "enter_protected_mode",

@@ -13,6 +13,7 @@ from sevlab.plugins.xen.frames import fetch, store
 from sevlab.plugins.xen.layout import VcpuInfo, VcpuRunstateInfo, VcpuRunstateInfo32, VcpuTimeInfo
 from sevlab.plugins.xen.numbers import SHUTDOWN_REASONS
 from sevlab.plugins.xen.state import Domain, RunState, XenVcpu, xen
+from sevlab.plugins.xen.xenstore import toolstack
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
@@ -118,3 +119,4 @@ def shut_down(machine: Machine, domain: Domain, reason: int) -> None:
     name = SHUTDOWN_REASONS[reason] if reason < len(SHUTDOWN_REASONS) else f"reason {reason}"
     if not machine.hypervisor.vms[domain.vm_id].stopped:
         machine.hypervisor.stop(machine, domain.vm_id, f"SCHEDOP_shutdown: {name}")
+        toolstack.released(machine, domain.domid)

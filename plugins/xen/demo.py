@@ -11,9 +11,11 @@ from sevlab.core.machine import Machine
 from sevlab.plugins.xen.assess import SURVIVAL, Fate
 from sevlab.plugins.xen.call import Abi
 from sevlab.plugins.xen.guest import XenGuest
+from sevlab.plugins.xen.guest_store import XenstoreClient
 from sevlab.plugins.xen.numbers import Domid, Errno, Evtchnop, Nr, Version
-from sevlab.plugins.xen.records import ConsoleInput, ConsoleOutput
 from sevlab.plugins.xen.startup import enter_long_mode
+from sevlab.plugins.xen.state import xen
+from sevlab.plugins.xen.xenstore.wire import XsType
 
 BOUNCE = 0x10000
 HOSTS = (("none", Abi.LEGACY), ("physical", Abi.PHYSICAL), ("fast", Abi.FAST))
@@ -87,8 +89,9 @@ def chapter(say: Callable[[str], object]) -> None:
             port = guest.invoke(Nr.EVENT_CHANNEL_OP, Evtchnop.ALLOC_UNBOUND, dom=Domid.SELF, remote_dom=Domid.SELF)
             say(f"     {abi.value:<9} get_features {_result(features.result):<8} alloc_unbound {_result(port.result)}")
     guest.console_write(b"Hello from an encrypted guest.")
-    output = machine.apply(ConsoleInput(1, b"")).first(ConsoleOutput)
-    say(f"   The console ring needs no hypercall but the event: {output.data if output else b''!r}\n")
+    say(f"   The console ring needs no hypercall but the event: {xen(machine).domains[1].console_output!r}")
+    _, name = XenstoreClient(guest).ask(XsType.READ, "name")
+    say(f"   So does the xenstore ring; the guest's name there is {name!r}\n")
     fates = {fate: sum(row.fate is fate for row in SURVIVAL) for fate in Fate}
     say("   What becomes of each call of the legacy ABI under encryption:")
     for fate, count in fates.items():

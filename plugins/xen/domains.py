@@ -11,10 +11,11 @@ from sevlab.plugins import io
 from sevlab.plugins.xen.arguments import E820Entry
 from sevlab.plugins.xen.frames import store
 from sevlab.plugins.xen.layout import LEGACY_MAX_VCPUS, VCPU_INFO_BYTES
-from sevlab.plugins.xen.numbers import Domid, Param
+from sevlab.plugins.xen.numbers import Param
 from sevlab.plugins.xen.settings import Settings, Start
 from sevlab.plugins.xen.startup import enter_long_mode, enter_protected_mode
-from sevlab.plugins.xen.state import ChannelState, Domain, EventChannel, RunState, XenVcpu, xen
+from sevlab.plugins.xen.state import Backend, ChannelState, Domain, EventChannel, RunState, XenVcpu, xen
+from sevlab.plugins.xen.xenstore import toolstack
 
 if TYPE_CHECKING:
     from sevlab.core.hypervisor import Vm
@@ -25,6 +26,7 @@ SLACK_PAGES = 256
 SPECIAL_PAGES_FROM_END = 4
 """The last pages of a guest's memory that the toolstack takes: xenstore, console; two are spare."""
 XENSTORE_PORT, CONSOLE_PORT = 1, 2
+CONTROL_DOMID, FIRST_BACKEND_PORT = 0, 16
 RAM = 1
 
 
@@ -37,6 +39,7 @@ def build(machine: Machine, settings: Settings) -> None:
         state.domains[domid] = domain
         state.domid_of_vm[vm.vm_id] = domid
         _rings(machine, vm, domain)
+        toolstack.introduce(machine, vm, domain)
         for vcpu_id in vm.vcpu_ids:
             machine.vcpus[vcpu_id].vmcb.intercept(ExitCode.VMMCALL)
         _start(machine, vm, settings)
@@ -77,7 +80,7 @@ def _vcpu(index: int, vcpu_id: int, shared_info: int) -> XenVcpu:
 
 def _rings(machine: Machine, vm: Vm, domain: Domain) -> None:
     """The rings that the toolstack prepares before launch, in pages that it must leave out of the encryption. Their
-    channels are Xen's own ends here: the model plays the backends.
+    channels lead to services of domain 0 that the model plays; the far ports are numbered by a rule of the model's.
     """
     first_gfn = (vm.memory_bytes - SPECIAL_PAGES_FROM_END * PAGE_BYTES) // PAGE_BYTES
     if first_gfn <= 0:
@@ -86,8 +89,14 @@ def _rings(machine: Machine, vm: Vm, domain: Domain) -> None:
     domain.params[Param.STORE_EVTCHN], domain.params[Param.CONSOLE_EVTCHN] = XENSTORE_PORT, CONSOLE_PORT
     for gfn in (first_gfn, first_gfn + 1):
         store(machine, vm.memory_spa + gfn * PAGE_BYTES, bytes(PAGE_BYTES))
-    for port in (XENSTORE_PORT, CONSOLE_PORT):
-        domain.channels[port] = EventChannel(port=port, state=ChannelState.UNBOUND, remote_domid=Domid.INVALID)
+    for port, backend in ((XENSTORE_PORT, Backend.XENSTORE), (CONSOLE_PORT, Backend.CONSOLE)):
+        domain.channels[port] = EventChannel(
+            port=port,
+            state=ChannelState.INTERDOMAIN,
+            remote_domid=CONTROL_DOMID,
+            remote_port=FIRST_BACKEND_PORT + vm.vm_id * 2 + port,
+            backend=backend,
+        )
 
 
 def _start(machine: Machine, vm: Vm, settings: Settings) -> None:

@@ -110,7 +110,7 @@ class ChannelInvariants:
                 where = f"port {port} of domain {domain.domid}"
                 if not valid(domain, port) or channel.vcpu >= len(domain.vcpus):
                     wrong.append(f"{where} is past its table or its vCPU")
-                if channel.state is ChannelState.INTERDOMAIN:
+                if channel.state is ChannelState.INTERDOMAIN and not channel.backend:
                     far = domains[channel.remote_domid].channels.get(channel.remote_port)
                     if far is None or (far.state, far.remote_domid, far.remote_port) != (
                         ChannelState.INTERDOMAIN,

@@ -53,7 +53,7 @@ class Traced(NamedTuple):
 
 @step("xen.console", Boundary.DEVICE)
 class ConsoleInput(NamedTuple):
-    """The backend puts bytes into a domain's console ring, takes what the domain wrote, and notifies it."""
+    """Somebody types: the backend takes what the domain wrote, puts the bytes into its console ring, and notifies it."""
 
     domid: Input[int]
     data: Input[bytes]
@@ -67,6 +67,23 @@ class ConsoleOutput(NamedTuple):
     data: Checked[bytes]
 
 
+@step("xen.xenstore", Boundary.DEVICE)
+class XenstoreRequest(NamedTuple):
+    """The control domain's toolstack sends a message to xenstored: `kind` is its type, as in xs_wire.h."""
+
+    kind: Input[int]
+    payload: Input[bytes]
+    tx_id: Input[int]
+
+
+@outcome("xen.xenstore-reply", Boundary.DEVICE)
+class XenstoreReply(NamedTuple):
+    """What xenstored answered: the same type, or 16 (ERROR) with an error's name."""
+
+    kind: Checked[int]
+    payload: Checked[bytes]
+
+
 @step("xen.backend", Boundary.SCHEDULER)
 class BackendEvent(NamedTuple):
     """A device model or another part of Xen raises a domain's VIRQ, GSI or PIRQ: `kind` is one of these words."""
@@ -77,4 +94,14 @@ class BackendEvent(NamedTuple):
     vcpu: Input[int]
 
 
-RECORDS = (HypercallStep, Hypercalled, Upcall, Traced, ConsoleInput, ConsoleOutput, BackendEvent)
+RECORDS = (
+    HypercallStep,
+    Hypercalled,
+    Upcall,
+    Traced,
+    ConsoleInput,
+    ConsoleOutput,
+    XenstoreRequest,
+    XenstoreReply,
+    BackendEvent,
+)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sevlab.core.state import StateDict, Stateful, new
 from sevlab.core.statemachine import StateMachine
 from sevlab.plugins.xen.numbers import Errno, Evtchnop
+from sevlab.plugins.xen.xenstore.store import Xenstore
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
@@ -65,6 +66,14 @@ CHANNEL = StateMachine(
 bind_interdomain, INTERDOMAIN becomes UNBOUND by the other's close. bind_vcpu of a per-vCPU VIRQ is refused besides."""
 
 
+class Backend(IntEnum):
+    """Which service of the control domain is the other end of a channel, where the model plays that domain."""
+
+    NONE = 0
+    XENSTORE = 1
+    CONSOLE = 2
+
+
 class EventChannel(Stateful):
     """A port that is not free."""
 
@@ -81,6 +90,8 @@ class EventChannel(Stateful):
     """Raised while its page of the event array is missing (FIFO)."""
     xen_consumer: bool = False
     """Xen's own end: the guest may neither send on it nor close it."""
+    backend: Backend = Backend.NONE
+    """An interdomain channel to a service of domain 0, whose own end is not there."""
 
 
 class ActiveGrant(Stateful):
@@ -200,6 +211,9 @@ class Domain(Stateful):
     callback_asserted: bool = False
     shutdown_code: int | None = None
     console: bytes = b""
+    """The last that it wrote with console_io."""
+    console_output: bytes = b""
+    """The last that the backend took from its console ring."""
     assists: int = 0
     hyperv_os_id: int = 0
     hyperv_hypercall: int = 0
@@ -213,6 +227,7 @@ class XenState(Stateful):
     domid_of_vm: StateDict[int, int] = new(StateDict)
     free_spas: tuple[int, ...] = ()
     """Pages that domains gave back."""
+    xenstore: Xenstore = new(Xenstore)
 
 
 def xen(machine: Machine) -> XenState:
@@ -225,6 +240,11 @@ def domain_of(machine: Machine, vcpu: Vcpu) -> Domain | None:
     state: XenState = machine.components["xen"]  # type: ignore[assignment]
     domid = state.domid_of_vm.get(vcpu.vm_id)
     return None if domid is None else state.domains[domid]
+
+
+def backend_channel(domain: Domain, backend: Backend) -> EventChannel | None:
+    """The domain's channel to a service; None when it has closed it."""
+    return next((channel for channel in domain.channels.values() if channel.backend is backend), None)
 
 
 def vcpu_of(machine: Machine, domain: Domain, index: int) -> XenVcpu | None:

@@ -11,13 +11,11 @@ from sevlab.core.hypercall import CodeMode, code_mode
 from sevlab.core.svm import ExitCode
 from sevlab.core.units import MASK64
 from sevlab.plugins import io
-from sevlab.plugins.xen import clock, events
+from sevlab.plugins.xen import backends, clock, events
 from sevlab.plugins.xen.dispatch import ARGUMENTS_32, ARGUMENTS_64
-from sevlab.plugins.xen.frames import fetch, page_of, store
-from sevlab.plugins.xen.layout import XenconsInterface
-from sevlab.plugins.xen.numbers import ABI_FLAG, NR_VIRQS, Param
+from sevlab.plugins.xen.numbers import ABI_FLAG, NR_VIRQS
 from sevlab.plugins.xen.operations import FAST_REGISTERS
-from sevlab.plugins.xen.records import BackendEvent, ConsoleInput, ConsoleOutput, HypercallStep
+from sevlab.plugins.xen.records import BackendEvent, ConsoleInput, HypercallStep, XenstoreRequest
 from sevlab.plugins.xen.settings import AltAbi, Settings
 from sevlab.plugins.xen.state import Domain, RunState, domain_of, vcpu_of, xen
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 VMMCALL = b"\x0f\x01\xd9"
 MAX_REPEATS = 64
 """How often one step repeats a preempted call; the guest is then left at the instruction."""
-OUT_MASK, IN_MASK = 2048 - 1, 1024 - 1
 
 
 class Steps:
@@ -41,7 +38,8 @@ class Steps:
     def register(self, builder: PluginBuilder) -> None:
         """Register them."""
         builder.steps.add(HypercallStep, self.hypercall)
-        builder.steps.add(ConsoleInput, console_input)
+        builder.steps.add(ConsoleInput, backends.console_input)
+        builder.steps.add(XenstoreRequest, backends.xenstore_request)
         builder.steps.add(BackendEvent, backend_event)
         builder.steps.replace(AdvanceClock, with_timers)
         builder.at_entry(prepare_entry)
@@ -110,39 +108,6 @@ def _domain(machine: Machine, domid: int) -> Domain | None:
     if domain is None:
         machine.emit(Refused(f"there is no domain {domid}"))
     return domain
-
-
-def console_input(machine: Machine, step: ConsoleInput) -> None:
-    """The console backend runs: it takes the output, puts the input as far as there is room, and notifies.
-
-    Indices that cannot be (more than a ring apart) make it give up, as a backend that trusts no frontend does.
-    """
-    domain = _domain(machine, step.domid)
-    if domain is None:
-        return
-    gfn = domain.params.get(Param.CONSOLE_PFN)
-    spa = None if gfn is None else page_of(machine, domain, gfn)
-    if spa is None:
-        machine.emit(Refused("the domain has no console ring"))
-        return
-    ring = XenconsInterface.from_bytes(fetch(machine, spa, XenconsInterface.SIZE))
-    waiting, queued = ring.out_prod - ring.out_cons & 0xFFFF_FFFF, ring.in_prod - ring.in_cons & 0xFFFF_FFFF
-    if waiting > OUT_MASK + 1 or queued > IN_MASK + 1:
-        machine.emit(Refused("the console ring's indices are further apart than the ring is long"))
-        return
-    output = bytes(ring.output[ring.out_cons + index & OUT_MASK] for index in range(waiting))
-    data = step.data[: IN_MASK + 1 - queued]
-    inside = bytearray(ring.input)
-    for index, byte in enumerate(data):
-        inside[ring.in_prod + index & IN_MASK] = byte
-    store(machine, spa, bytes(inside))
-    fields = XenconsInterface.FIELDS
-    store(machine, spa + fields["out_cons"].offset, ring.out_prod.to_bytes(4, "little"))
-    store(machine, spa + fields["in_prod"].offset, (ring.in_prod + len(data) & 0xFFFF_FFFF).to_bytes(4, "little"))
-    machine.emit(ConsoleOutput(step.domid, output))
-    channel = domain.channels.get(domain.params.get(Param.CONSOLE_EVTCHN, 0))
-    if channel is not None and (data or output):
-        events.set_pending(machine, domain, channel)
 
 
 def backend_event(machine: Machine, step: BackendEvent) -> None:

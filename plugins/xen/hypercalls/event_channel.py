@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sevlab.plugins.xen import events
+from sevlab.plugins.xen import backends, events
 from sevlab.plugins.xen.arguments import (
     AllocUnbound,
     BindInterdomain,
@@ -146,7 +146,7 @@ def close_port(call: Call, domain: Domain, port: int) -> int:
     channel = domain.channels.get(port)
     if channel is None or channel.xen_consumer:
         return -Errno.EINVAL
-    if channel.state is ChannelState.INTERDOMAIN:
+    if channel.state is ChannelState.INTERDOMAIN and not channel.backend:
         far = xen(call.machine).domains[channel.remote_domid].channels[channel.remote_port]
         far.state, far.remote_domid, far.remote_port = ChannelState.UNBOUND, domain.domid, 0
     elif channel.state is ChannelState.VIRQ:
@@ -171,7 +171,9 @@ def send(call: Call, a: Any) -> int:
     channel = call.domain.channels.get(a.port)
     if channel is None or channel.xen_consumer or not CHANNEL.allows(channel.state, Evtchnop.SEND):
         return -Errno.EINVAL
-    if channel.state is ChannelState.INTERDOMAIN:
+    if channel.backend:
+        backends.notify(call.machine, call.domain, channel)
+    elif channel.state is ChannelState.INTERDOMAIN:
         remote = xen(call.machine).domains[channel.remote_domid]
         far = remote.channels[channel.remote_port]
         if not far.xen_consumer:

@@ -17,10 +17,10 @@ DOMAINS = (1, 2)
 
 
 class Naive:
-    """What each port is, and which are pending; ports 1 and 2 belong to xenstore and the console."""
+    """What each port is, and which are pending; ports 1 and 2 lead to xenstore and the console, in domain 0."""
 
     def __init__(self):
-        self.ports = {(domid, port): ("unbound", Domid.INVALID) for domid in DOMAINS for port in (1, 2)}
+        self.ports = {(domid, port): ("connected", 0, 14 + 2 * domid + port) for domid in DOMAINS for port in (1, 2)}
         self.pending = set()
 
     def free(self, domid):
@@ -51,7 +51,7 @@ class Naive:
         what = self.ports.pop((domid, port), None)
         if what is None:
             return -Errno.EINVAL
-        if what[0] == "connected":
+        if what[0] == "connected" and what[1]:
             self.ports[what[1:]] = ("unbound", domid)
         self.pending.discard((domid, port))
         return 0
@@ -60,7 +60,7 @@ class Naive:
         what = self.ports.get((domid, port))
         if what is None:
             return -Errno.EINVAL
-        if what[0] == "connected":
+        if what[0] == "connected" and what[1]:
             self.pending.add(what[1:])
         elif what[0] == "ipi":
             self.pending.add((domid, port))

@@ -29,12 +29,15 @@ from sevlab.plugins.xen import (
     Schedop,
     Vcpuop,
     XenGuest,
+    XenstoreClient,
+    XsType,
     enter_long_mode,
     hypercall_page,
     xen,
 )
-from sevlab.plugins.xen.layout import FifoControlBlock, VcpuInfo
+from sevlab.plugins.xen.layout import FifoControlBlock, VcpuInfo, XenstoreInterface
 from sevlab.plugins.xen.numbers import ABI_FLAG, Domid, MapSpace, Param, Version, Virq
+from sevlab.plugins.xen.xenstore.wire import XsError, message
 
 from tests.plugins.xen.world import BOUNCE, FRAMES, INFO, PAGE
 
@@ -248,8 +251,29 @@ def test_the_console_ring_needs_only_the_notification(made):
     if not works(made):
         assert guest.param(Param.CONSOLE_PFN) == -Errno.EFAULT
         return
-    guest.console_write(b"hello from the guest")
-    assert made.machine.apply(ConsoleInput(1, b"")).first(ConsoleOutput).data == b"hello from the guest"
+    assert guest.console_write(b"hello from the guest") == 0
+    assert xen(made.machine).domains[1].console_output == b"hello from the guest"
+    assert made.machine.apply(ConsoleInput(1, b"x")).first(ConsoleOutput).data == b""  # it has been taken
+
+
+def test_xenstore_answers_through_its_shared_ring(made):
+    if not works(made):
+        return
+    client = XenstoreClient(made.guest)
+    assert client.ask(XsType.WRITE, "data/hello", value=b"from an encrypted guest")[0] == XsType.WRITE
+    assert client.ask(XsType.READ, "data/hello") == (XsType.READ, b"from an encrypted guest")
+
+
+def test_a_xenstore_ring_in_a_private_page_is_ciphertext_to_the_daemon(made):
+    if not made.encrypted or made.protected or not works(made):
+        pytest.skip("an encrypted guest that can send an event, and a page that it may turn private alone")
+    guest, ring = made.guest, made.guest.param(Param.STORE_PFN) << 12
+    guest.write(ring, message(XsType.READ, b"name\0"), private=True)
+    guest.write(ring + 2048, (0).to_bytes(4, "little") + (21).to_bytes(4, "little") + bytes(24), private=True)
+    guest.invoke(Nr.EVENT_CHANNEL_OP, Evtchnop.SEND, port=guest.param(Param.STORE_EVTCHN))
+    assert xen(made.machine).xenstore.connections[1].ignored
+    assert guest.number(ring + XenstoreInterface.FIELDS["error"].offset) == XsError.RINGIDX
+    assert b"name" not in guest.read(ring, 64)
 
 
 def test_a_granted_page_is_copied_by_the_other_domain(made):
