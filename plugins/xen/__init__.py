@@ -4,8 +4,8 @@ Documents: Xen public headers and sources of 4.22-dev (c447b7308b); what a guest
 ABI, FastABI and coco_op are Vates's series, not upstream.
 
 What you may touch: `HypercallEntry` and `Call` (to replace a hypercall by number), `HvContext`, `VpMask` and friends
-(to replace a Hyper-V call under `HYPERV_FLAG | code`), `xen`, `Domain` (state), `XenGuest` and `XenstoreClient` (a scripted guest),
-`SURVIVAL` (which hypercall survives encryption), and the numbers.
+(to replace a Hyper-V call under `HYPERV_FLAG | code`), `xen`, `Domain` (state), `XenGuest` and
+`XenstoreClient` (a scripted guest), `SURVIVAL` (which hypercall survives encryption), and the numbers.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Traced(NamedTuple):
 
 @step("xen.console", Boundary.DEVICE)
 class ConsoleInput(NamedTuple):
-    """Somebody types: the backend takes what the domain wrote, puts the bytes into its console ring, and notifies it."""
+    """Somebody types: the backend takes what the domain wrote, puts the bytes into its ring, and notifies it."""
 
     domid: Input[int]
     data: Input[bytes]
