@@ -14,7 +14,7 @@ builder.nae_events.add(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from sevlab.core.layout import Layout
@@ -25,6 +25,7 @@ from sevlab.plugins.sev_es.msr_layout import NoArgument
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
+    from sevlab.plugins.sev_es.order import Broken
     from sevlab.plugins.sev_es.scratch import Scratch
 
 
@@ -72,6 +73,10 @@ MsrHandler = Callable[["Machine", "Vcpu", int], int | None]
 """Gets the MSR's value and returns the new one; None: it stays as it is."""
 
 
+OrderRule = Callable[["Machine", "Vcpu", "Ghcb | int"], Iterable["Broken"]]
+"""What legal order demands of an event's or a request's own state: gets the page or the MSR's value, and only looks."""
+
+
 class Need(NamedTuple):
     """Fields that are required when `test` says so of the request; `when` says it in words."""
 
@@ -103,7 +108,8 @@ class NaeEvent(NamedTuple):
     `required` and `optional` name GHCB fields besides the exit code and the two infos, which all events have; an
     optional one that is not valid reads 0. `context` names what else the handler reads that has no valid bit or always
     is valid (the version, the exit code). `scratch` gives the length in bytes of the scratch area that a request
-    needs (0: none). `feature`: bit number of the hypervisor feature behind which the event stands.
+    needs (0: none). `feature`: bit number of the hypervisor feature behind which the event stands. `order`: a rule of
+    legal order that only this event knows.
     """
 
     name: str
@@ -119,6 +125,7 @@ class NaeEvent(NamedTuple):
     feature: int | None = None
     example: Mapping[str, int] = {}
     cases: tuple[Case, ...] = ()
+    order: OrderRule | None = None
     source: str = ""
 
     @property
@@ -139,4 +146,5 @@ class MsrRequest(NamedTuple):
     response: int | None = None
     since: int = 1
     snp_only: bool = False
+    order: OrderRule | None = None
     source: str = ""

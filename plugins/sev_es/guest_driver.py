@@ -289,7 +289,7 @@ class ReferenceGuest:
     # Set-up and start-up ----------------------------------------------------------------------------------------
 
     def setup(self, machine: Machine, step: GuestSetup) -> None:
-        """Negotiate, register where that is asked for, and use the page from now on."""
+        """Negotiate, register where that is asked for, and use the page from now on; an SNP guest negotiates once."""
         vcpu = self._guest_vcpu(machine, step.vcpu)
         if vcpu is None:
             return
@@ -298,7 +298,9 @@ class ReferenceGuest:
             return
         side = guest_side(machine, vcpu)
         snp = vm_protocol(machine, vcpu).snp
-        result = self.converse(machine, vcpu, side, before_setup(step.ghcb_gpa, snp=snp))
+        others = (guest_side(machine, machine.vcpus[other]) for other in machine.vm_of(vcpu).vcpu_ids)
+        known = max((other.version for other in others if snp and other is not side and other.ghcb_gpa >= 0), default=0)
+        result = self.converse(machine, vcpu, side, before_setup(step.ghcb_gpa, snp=snp, version=known))
         if result is None:
             return
         if result.outcome is not Outcome.DONE:

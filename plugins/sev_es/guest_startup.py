@@ -40,31 +40,34 @@ class ApJumpTable(Layout, size=4):
     cs = u16(2, source="56421, AP jump table")
 
 
-def before_setup(ghcb_gpa: int, *, snp: bool) -> VcHandler:
+def before_setup(ghcb_gpa: int, *, snp: bool, version: int = 0) -> VcHandler:
     """Negotiate the version; in an SNP guest ask for the features, and register the page.
 
-    `length` of the result is the version. Source: Linux arch/x86/coco/sev/core.c (sev_es_negotiate_protocol,
+    `version`: what another vCPU of an SNP guest has negotiated; then there is only the page to register. `length` of
+    the result is the version. Source: Linux arch/x86/coco/sev/core.c (sev_es_negotiate_protocol,
     snp_register_ghcb_early), arch/x86/boot/compressed/sev.c (sev_enable, get_hv_features).
     """
-    answer = yield MsrExit(build(NoArgument, MsrInfo.SEV_INFO_REQUEST))
-    info = decode(answer) if isinstance(answer, int) else None
-    if not isinstance(info, SevInfoResponse) or info.version_min > PROTOCOL_MAX or info.version_max < PROTOCOL_MIN:
-        yield MsrExit(build(TerminateRequest, MsrInfo.TERMINATE_REQUEST, reason_code=REASON_PROTOCOL))
-        return VcResult(Outcome.TERMINATE, reason="no protocol version in common")
+    if not version:
+        answer = yield MsrExit(build(NoArgument, MsrInfo.SEV_INFO_REQUEST))
+        info = decode(answer) if isinstance(answer, int) else None
+        if not isinstance(info, SevInfoResponse) or info.version_min > PROTOCOL_MAX or info.version_max < PROTOCOL_MIN:
+            return (yield from _end(0, REASON_PROTOCOL, "no protocol version in common"))
+        version = min(info.version_max, PROTOCOL_MAX)
+        if snp:
+            answer = yield MsrExit(build(NoArgument, MsrInfo.HV_FEATURES_REQUEST))
+            value = answer if isinstance(answer, int) else 0
+            if value & INFO_MASK != MsrInfo.HV_FEATURES_RESPONSE or not value >> 12 & HvFeature.SNP:
+                return (yield from _end(0, REASON_SNP, "the hypervisor does not offer SNP"))
     if snp:
-        answer = yield MsrExit(build(NoArgument, MsrInfo.HV_FEATURES_REQUEST))
-        value = answer if isinstance(answer, int) else 0
-        if value & INFO_MASK != MsrInfo.HV_FEATURES_RESPONSE or not value >> 12 & HvFeature.SNP:
-            yield MsrExit(build(TerminateRequest, MsrInfo.TERMINATE_REQUEST, reason_code=REASON_SNP))
-            return VcResult(Outcome.TERMINATE, reason="the hypervisor does not offer SNP")
         answer = yield MsrExit(build(GhcbGpa, MsrInfo.REGISTER_GPA_REQUEST, gfn=ghcb_gpa >> 12))
         if answer != ghcb_gpa | MsrInfo.REGISTER_GPA_RESPONSE:
-            reason = build(
-                TerminateRequest, MsrInfo.TERMINATE_REQUEST, reason_set=LINUX_SET, reason_code=REASON_REGISTER
-            )
-            yield MsrExit(reason)
-            return VcResult(Outcome.TERMINATE, reason="the GHCB was not registered")
-    return VcResult(Outcome.DONE, min(info.version_max, PROTOCOL_MAX))
+            return (yield from _end(LINUX_SET, REASON_REGISTER, "the GHCB was not registered"))
+    return VcResult(Outcome.DONE, version)
+
+
+def _end(reason_set: int, reason_code: int, why: str) -> VcHandler:
+    yield MsrExit(build(TerminateRequest, MsrInfo.TERMINATE_REQUEST, reason_set=reason_set, reason_code=reason_code))
+    return VcResult(Outcome.TERMINATE, reason=why)
 
 
 def jump_table_request(context: VcContext, *, gpa: int = -1) -> VcHandler:

@@ -300,8 +300,19 @@ def warn(machine: Machine, vcpu: Vcpu, msr: int) -> None:
         snp=vm_protocol(machine, vcpu).snp,
         shared=shared,
         features=state.features,
+        apic_id=machine.vm_of(vcpu).vcpu_ids.index(vcpu.vcpu_id),
     )
-    for broken in check(state.order, exchange):
+    declared = (
+        machine.tables.msr_protocol.get(msr & INFO_MASK)
+        if page is None
+        else machine.tables.nae_events.get(page.value_or_zero("sw_exit_code"))
+    )
+    own = (
+        ()
+        if declared is None or declared.order is None
+        else declared.order(machine, vcpu, msr if page is None else page)
+    )
+    for broken in (*check(state.order, exchange), *own):
         machine.emit(OrderWarning(vcpu.vcpu_id, broken.rule, broken.message))
 
 

@@ -99,6 +99,7 @@ SNP_CODES = frozenset(
         NaeCode.SNP_RUN_VMPL,
     )
 )
+AP_DESTROY = 2
 SNP_INFOS = range(MsrInfo.PREFERRED_GPA_REQUEST, MsrInfo.RUN_VMPL_REQUEST + 1)
 V2_CODES = range(NaeCode.SNP_PAGE_STATE_CHANGE, NaeCode.TERMINATION + 1)
 FEATURE_OF: dict[int, HvFeature] = {
@@ -117,7 +118,8 @@ FEATURE_OF: dict[int, HvFeature] = {
 class Exchange(NamedTuple):
     """One VMGEXIT to judge. `page` is the GHCB (None for the MSR protocol); `boot`: the boot processor's.
 
-    `shared` says whether the page was shared at that moment, where that is known; `features` what was offered so far.
+    `shared` says whether the page was shared at that moment, where that is known; `features` what was offered so far;
+    `apic_id` is the vCPU's number in its VM.
     """
 
     vcpu: int
@@ -127,6 +129,7 @@ class Exchange(NamedTuple):
     snp: bool = False
     shared: bool = True
     features: int = 0
+    apic_id: int = 0
 
 
 class Broken(NamedTuple):
@@ -150,6 +153,8 @@ class OrderState(Stateful):
     vcpus: StateDict[int, VcpuOrder] = new(StateDict)
     negotiated: bool = False
     features_asked: bool = False
+    created: StateDict[int, bool] = new(StateDict)
+    """vCPUs that an AP creation named."""
 
 
 def message_of(exchange: Exchange) -> Message:
@@ -165,7 +170,7 @@ def check(state: OrderState, exchange: Exchange) -> tuple[Broken, ...]:
     vcpu = state.vcpus.get(exchange.vcpu)
     if vcpu is None:
         vcpu = state.vcpus[exchange.vcpu] = VcpuOrder()
-    warnings = list(_order(state, vcpu, exchange))
+    warnings = [*_order(state, vcpu, exchange), *_application_processor(state, vcpu, exchange)]
     vcpu.exits += 1
     if exchange.page is None:
         warnings += _msr_rules(state, vcpu, exchange)
@@ -192,6 +197,21 @@ def _order(state: OrderState, vcpu: VcpuOrder, exchange: Exchange) -> list[Broke
     if message is Message.OTHER_MSR:
         return [Broken("R1", f"request {exchange.ghcb_msr & INFO_MASK:#05x} is none of the MSR protocol")]
     return [Broken("R2", f"{message.name.lower().replace('_', ' ')} before the SEV information")]
+
+
+def _application_processor(state: OrderState, vcpu: VcpuOrder, exchange: Exchange) -> list[Broken]:
+    """R11: an SNP guest's AP is created before it says anything, and registers its GHCB before anything else."""
+    if exchange.page is not None and exchange.page.value_or_zero("sw_exit_code") == NaeCode.SNP_AP_CREATION:
+        info_1 = exchange.page.value_or_zero("sw_exit_info_1")
+        state.created[exchange.vcpu - exchange.apic_id + (info_1 >> 32)] = info_1 & 0xFFFF != AP_DESTROY
+    if exchange.boot or not exchange.snp or vcpu.exits:
+        return []
+    found = []
+    if not state.created.get(exchange.vcpu):
+        found.append(Broken("R11", f"vCPU {exchange.vcpu} talks, and no AP creation named it"))
+    if message_of(exchange) is not Message.REGISTER:
+        found.append(Broken("R11", "the first VMGEXIT of an AP does not register its GHCB"))
+    return found
 
 
 def _msr_rules(state: OrderState, vcpu: VcpuOrder, exchange: Exchange) -> list[Broken]:

@@ -147,6 +147,7 @@ def register(builder: PluginBuilder, woken: Callable[[Machine, Vcpu], None] | No
         state = sev_es_state(machine)
         state.protocol_min, state.protocol_max = int(options["protocol_min"]), int(options["protocol_max"])
         state.features = int(options["features"])
+        state.warns = bool(options["order"])
 
     builder.at_boot(offer)
     builder.at_boot(make_states)

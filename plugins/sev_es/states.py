@@ -86,6 +86,8 @@ class SevEsState(Stateful):
     forged: StateDict[int, tuple[tuple[int, bytes], ...]] = new(StateDict)
     order: OrderState = new(OrderState)
     """Of the order checker, while it is on; one for all VMs of the machine."""
+    warns: bool = False
+    """Whether it is on."""
     forged_msr: StateDict[int, int] = new(StateDict)
 
 

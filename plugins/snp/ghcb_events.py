@@ -24,7 +24,7 @@ from sevlab.plugins.sev_es import (
     msr_layout,
     vcpu_protocol,
 )
-from sevlab.plugins.snp import doorbell
+from sevlab.plugins.snp import doorbell, order
 from sevlab.plugins.snp.buffers import SnpGuestRequest
 from sevlab.plugins.snp.doorbell import offered
 from sevlab.plugins.snp.driver import pages
@@ -248,9 +248,12 @@ EVENTS: dict[int, NaeEvent] = {
         scratch=lambda _ghcb: PscHeader.SIZE,
         since=2,
         snp_only=True,
+        order=order.page_states,
         source=SECTION,
     ),
-    NaeCode.SNP_GUEST_REQUEST: NaeEvent("SNP guest request", guest_request, since=2, snp_only=True, source=SECTION),
+    NaeCode.SNP_GUEST_REQUEST: NaeEvent(
+        "SNP guest request", guest_request, since=2, snp_only=True, order=order.message, source=SECTION
+    ),
     NaeCode.SNP_EXTENDED_GUEST_REQUEST: NaeEvent(
         "SNP extended guest request",
         extended_guest_request,
@@ -258,6 +261,7 @@ EVENTS: dict[int, NaeEvent] = {
         outputs=("rbx",),
         since=2,
         snp_only=True,
+        order=order.message,
         source=SECTION,
     ),
     NaeCode.SNP_AP_CREATION: NaeEvent(
@@ -287,6 +291,7 @@ MSR_REQUESTS: dict[int, MsrRequest] = {
         response=MsrInfo.PAGE_STATE_RESPONSE,
         since=2,
         snp_only=True,
+        order=order.page_states,
         source="56421, 2.3; Linux arch/x86/kvm/svm/sev.c",
     ),
     MsrInfo.RUN_VMPL_REQUEST: MsrRequest(
@@ -309,3 +314,4 @@ def register(builder: PluginBuilder) -> None:
     for info, request in MSR_REQUESTS.items():
         builder.msr_protocol.add(info, request)
     builder.at_entry(doorbell.before_entry)
+    builder.component(order.MessagesSent(), order.COMPONENT)

@@ -12,7 +12,7 @@ from sevlab.core.access import AccessKind
 from sevlab.core.cpu import FaultUnwind, Vcpu
 from sevlab.core.events import Fault, Refused
 from sevlab.core.steps import deliver_fault
-from sevlab.core.svm import NpfError, Vector
+from sevlab.core.svm import ExitCode, NpfError, Vector
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES, is_aligned
 from sevlab.plugins.snp.layout import (
     ASID_SHIFT,
@@ -22,6 +22,7 @@ from sevlab.plugins.snp.layout import (
     VALIDATED,
     VMSA,
 )
+from sevlab.plugins.snp.order import validated_too_early
 from sevlab.plugins.snp.records import Pvalidate, RmpAdjust, RmpQueried, RmpQuery, RmpResult
 from sevlab.plugins.snp.rmp import Entry, owning_entry, write_entry
 from sevlab.plugins.snp.rmp_check import nested_fault, not_validated
@@ -97,7 +98,12 @@ def pvalidate(machine: Machine, vcpu: Vcpu, gva: int, *, page_size: int, validat
     _may_execute(machine, vcpu, vmpl0_only=True)
     if page_size > 1 or (page_size and not is_aligned(gva & -PAGE_BYTES, PAGE_2M_BYTES)):
         return RmpResult(RmpCode.FAIL_INPUT, False)
-    page = own_page(machine, vcpu, gva, large=bool(page_size))
+    try:
+        page = own_page(machine, vcpu, gva, large=bool(page_size))
+    except FaultUnwind as unwind:
+        if validate and unwind.fault.vector == ExitCode.NPF:
+            validated_too_early(machine, vcpu, unwind.fault.address)
+        raise
     if page is None:
         return RmpResult(RmpCode.FAIL_SIZEMISMATCH, False)
     low, high = page.entry

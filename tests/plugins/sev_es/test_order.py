@@ -30,12 +30,12 @@ INFO = MsrInfo.SEV_INFO_REQUEST
 def judge(*exchanges, **more):
     """The rules that the last exchange breaks."""
     state, found = OrderState(), ()
-    for exchange in exchanges:
+    for number, exchange in enumerate(exchanges):
         if isinstance(exchange, int):
             exchange = Exchange(0, exchange)
         elif isinstance(exchange, bytes):
             exchange = Exchange(0, GHCB_GPA, Ghcb.from_bytes(exchange))
-        if exchange is exchanges[-1] or isinstance(exchanges[-1], (int, bytes)):
+        if number == len(exchanges) - 1 or "vcpu" not in more:
             exchange = exchange._replace(**more)
         found = check(state, exchange)
     return [broken.rule for broken in found]
@@ -43,6 +43,8 @@ def judge(*exchanges, **more):
 
 CPUID = page(ExitCode.CPUID, rax=0, rcx=0)
 REGISTER = GHCB_GPA | MsrInfo.REGISTER_GPA_REQUEST
+
+CREATE, DESTROY = (page(NaeCode.SNP_AP_CREATION, 1 << 32 | request, 0x10_1000) for request in (1, 2))
 
 RULES = [
     ("R1", (CPUID,), {}, ["R1", "R2"]),
@@ -65,6 +67,22 @@ RULES = [
     ("R8 not offered", (INFO, 0x080, page(NaeCode.APIC_ID_LIST)), {}, ["R8"]),
     ("R9", (INFO, 0x0030_0000_0000_0014), {"snp": True}, ["R9"]),
     ("R9 kept", (INFO, 0x0020_0000_0000_0014), {"snp": True}, []),
+    ("R11", (INFO, REGISTER), {"snp": True, "boot": False, "vcpu": 1, "apic_id": 1}, ["R11"]),
+    ("R11 kept", (INFO, CREATE, REGISTER), {"snp": True, "boot": False, "vcpu": 1, "apic_id": 1}, []),
+    (
+        "R11 by another AP's creation",
+        (INFO, CREATE, REGISTER),
+        {"snp": True, "boot": False, "vcpu": 2, "apic_id": 2},
+        ["R11"],
+    ),
+    (
+        "R11 after its end",
+        (INFO, CREATE, DESTROY, REGISTER),
+        {"snp": True, "boot": False, "vcpu": 1, "apic_id": 1},
+        ["R11"],
+    ),
+    ("R11 without registration", (INFO, CREATE, 0x080), {"snp": True, "boot": False, "vcpu": 1, "apic_id": 1}, ["R11"]),
+    ("R11 not for SEV-ES", (INFO, MsrInfo.CPUID_REQUEST), {"boot": False, "vcpu": 1, "apic_id": 1}, []),
     ("R13", (INFO, 0x100, CPUID), {}, ["R13"]),
     ("R15", (INFO, page(NaeCode.MMIO_READ, 0, 4, sw_scratch=0x9000)), {}, ["R15"]),
     ("R15 kept", (INFO, page(NaeCode.MMIO_READ, 0, 4, sw_scratch=GHCB_GPA + 0x800)), {}, []),
