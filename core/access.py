@@ -266,6 +266,11 @@ class Access:
         """The guest-physical address of `gva` by the guest's own tables alone; faults as `guest_linear`."""
         return self._walk_guest(vcpu, gva, kind)[0]
 
+    def guest_page(self, vcpu: Vcpu, gva: int, kind: int) -> tuple[int, bool]:
+        """As `guest_gpa`, and whether the C-bit of the guest's own tables makes the access a private one."""
+        gpa, found = self._walk_guest(vcpu, gva, kind)
+        return gpa, bool(found & _PRIVATE)
+
     def _walk_guest(self, vcpu: Vcpu, gva: int, kind: int) -> tuple[int, int]:
         """(gpa, kind with PRIVATE where the C-bit says so)."""
         system = vcpu.system

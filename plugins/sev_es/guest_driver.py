@@ -16,6 +16,7 @@ from sevlab.core.buffers import SharedBuffer
 from sevlab.core.cpu import FaultUnwind
 from sevlab.core.events import CpuExit, Done, Fault, Refused
 from sevlab.core.memory import TAG_PUBLIC
+from sevlab.core.paging import CR0_PG
 from sevlab.core.state import StateDict, Stateful, capture, new, restore
 from sevlab.core.svm import ExitCode, Vector
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
@@ -134,9 +135,9 @@ class ReferenceGuest:
             access.guest_write(vcpu, linear, data)
 
         def translate(linear: int, to_write: bool) -> tuple[int, bool]:  # noqa: FBT001  # a callback
-            kind = WRITE if to_write else READ
-            gpa = access.guest_gpa(vcpu, linear, kind)
-            return gpa, machine.vm_of(vcpu).c_bit_mask != 0 and gpa < machine.vm_of(vcpu).memory_bytes
+            """The C-bit is the guest's own; without paging there is none, and what is memory is private."""
+            gpa, private = access.guest_page(vcpu, linear, WRITE if to_write else READ)
+            return gpa, private and (vcpu.system.cr0 & CR0_PG != 0 or gpa < machine.vm_of(vcpu).memory_bytes)
 
         side = guest_side(machine, vcpu)
         passed = machine.slots.hypercall_registers
