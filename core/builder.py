@@ -102,6 +102,7 @@ class Slots:
     - `hypercall(machine, vcpu, frame) -> HypercallEnd`: whose ABI VMMCALL speaks (see `core.hypercall`); none: #UD
     - `hypercall_registers(vcpu) -> names`: what an encrypted guest passes beside RAX when it executes VMMCALL as it is
     - `direct_interrupt(machine, vcpu) -> vector | None`: what the hypervisor injects ahead of all interrupt controllers
+    - `next_timer(machine, vcpu) -> ticks | None`: when the next of the hypervisor's own timers is due
     - `nmi_complete(machine, vcpu)`: an encrypted guest says that its NMI handler has ended
     - `scheduler(machine, runnable vCPUs) -> vCPU`: who runs next
     - `start_vcpu(machine, vcpu, vector) -> bool`: a start-up IPI arrives; True: done, False: start it in real mode
@@ -116,6 +117,7 @@ class Slots:
         "hypercall_registers",
         "inject_filter",
         "key_of",
+        "next_timer",
         "nmi_complete",
         "page_owner_changed",
         "scheduler",
@@ -135,6 +137,7 @@ class Slots:
     hypercall: HypercallOwner | None
     hypercall_registers: Callable[[Vcpu], tuple[str, ...]] | None
     direct_interrupt: Callable[[Machine, Vcpu], int | None] | None
+    next_timer: Callable[[Machine, Vcpu], int | None] | None
     nmi_complete: Callable[[Machine, Vcpu], None] | None
     scheduler: Callable[[Machine, tuple[Vcpu, ...]], Vcpu] | None
     start_vcpu: Callable[[Machine, Vcpu, int], bool] | None

@@ -129,7 +129,7 @@ class Execution:
         """How many instructions until something may be due."""
         if self.vcpu.vmcb.vintr & V_IRQ:
             return WINDOW_SLICE
-        due = io.devices(self.machine, self.vcpu).next_event(self.machine.tsc())
+        due = io.next_event(self.machine, self.vcpu)
         if due is None:
             return LONGEST_SLICE
         return max(SHORTEST_SLICE, min(LONGEST_SLICE, due - self._now()))
@@ -143,14 +143,13 @@ class Execution:
             if vcpu.regs.rflags & RFLAGS_IF and not vcpu.vmcb.interrupt_state & INTERRUPT_SHADOW:
                 self._guard(lambda: self.leave(ExitCode.VINTR, 0, 0, 0))
             return
-        due = io.devices(self.machine, vcpu).next_event(self.machine.tsc())
+        due = io.next_event(self.machine, vcpu)
         if due is not None and due <= self._now():
             self._guard(lambda: self.leave(ExitCode.INTR, 0, 0, 0))
 
     def _sleep(self) -> None:
         """HLT: let time pass until a timer wakes the vCPU."""
-        board = io.devices(self.machine, self.vcpu)
-        due = board.next_event(self.machine.tsc())
+        due = io.next_event(self.machine, self.vcpu)
         waits = self.vcpu.vmcb.interrupt_state & 2 if self.encrypted_state else self.vcpu.regs.rflags & RFLAGS_IF
         if due is None or not waits:
             self.end("halted: interrupts are off" if not waits else "halted: no timer is set", clean=not waits)

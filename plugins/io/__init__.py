@@ -20,7 +20,7 @@ from sevlab.plugins.io.coverage import MATRIX, Form, form_of, refusal
 from sevlab.plugins.io.decode import Insn, Undecodable, decode, effective_address
 from sevlab.plugins.io.devices import acpi, board
 from sevlab.plugins.io.devices.acpi import acpi_tables
-from sevlab.plugins.io.devices.board import Devices, devices
+from sevlab.plugins.io.devices.board import Devices, devices, next_event
 from sevlab.plugins.io.devices.fw_cfg import DmaDescriptor
 from sevlab.plugins.io.devices.pic import INITIALISATION
 from sevlab.plugins.io.emulate import Executed, Unsupported, execute
@@ -73,6 +73,7 @@ __all__ = [
     "mmio_read",
     "mmio_write",
     "mode_of",
+    "next_event",
     "nmi_complete",
     "port_in",
     "port_out",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sevlab.core.cliapi import DemoChapter
 from sevlab.core.hookspecs import hookimpl
 from sevlab.core.porting import Porting
-from sevlab.plugins.xen import domains, events, hyperv
+from sevlab.plugins.xen import clock, domains, events, hyperv
 from sevlab.plugins.xen.arguments import LAYOUTS as ARGUMENT_LAYOUTS
 from sevlab.plugins.xen.assess import SURVIVAL, Fate, Survival, fates, survival
 from sevlab.plugins.xen.call import Abi, Call
@@ -122,6 +122,7 @@ def sevlab_register(builder: PluginBuilder) -> None:
     owner = Owner(settings)
     builder.slot("hypercall", owner)
     builder.slot("hypercall_registers", owner.passed)
+    builder.slot("next_timer", clock.next_timer)
     builder.slot("direct_interrupt", events.direct_interrupt)
     for number, entry in TABLE.items():
         builder.hypercalls.add(number, entry)

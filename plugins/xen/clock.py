@@ -8,14 +8,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.determinism import TSC_HZ
+from sevlab.core.units import MASK32
+from sevlab.plugins import io
 from sevlab.plugins.xen.events import end_poll, raise_timer
 from sevlab.plugins.xen.frames import fetch, store
-from sevlab.plugins.xen.layout import VcpuInfo, VcpuRunstateInfo, VcpuRunstateInfo32, VcpuTimeInfo
+from sevlab.plugins.xen.layout import (
+    SharedInfo,
+    SharedInfo32,
+    VcpuInfo,
+    VcpuRunstateInfo,
+    VcpuRunstateInfo32,
+    VcpuTimeInfo,
+)
 from sevlab.plugins.xen.numbers import SHUTDOWN_REASONS
-from sevlab.plugins.xen.state import Domain, RunState, XenVcpu, xen
+from sevlab.plugins.xen.state import Domain, RunState, XenVcpu, domain_of, xen
 from sevlab.plugins.xen.xenstore import toolstack
 
 if TYPE_CHECKING:
+    from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
 NANOSECONDS = 1_000_000_000
@@ -67,6 +77,27 @@ def update_time(machine: Machine, vcpu: XenVcpu) -> None:
             store(machine, spa, time_info(machine, before + 2))
 
 
+def start(machine: Machine, domain: Domain) -> None:
+    """The clocks of a domain that is built: before its first instruction, in what it does not know to be shared."""
+    write_wallclock(machine, domain)
+    for vcpu in domain.vcpus:
+        update_time(machine, vcpu)
+
+
+def write_wallclock(machine: Machine, domain: Domain) -> None:
+    """Put the date of Xen's own start into shared_info, in the layout that the domain has.
+
+    Source: Xen xen/common/time.c (update_domain_wallclock_time).
+    """
+    board = io.devices(machine, machine.vcpus[domain.vcpus[0].vcpu_id])
+    seconds = int(board.rtc.now(0).timestamp())
+    fields = (SharedInfo32 if domain.narrow else SharedInfo).FIELDS
+    version_spa = domain.shared_info_spa + fields["wc_version"].offset
+    update = (int.from_bytes(fetch(machine, version_spa, 4), "little") | 1) + 1
+    for name, value in (("wc_sec", seconds), ("wc_nsec", 0), ("wc_sec_hi", seconds >> 32), ("wc_version", update)):
+        store(machine, domain.shared_info_spa + fields[name].offset, (value & MASK32).to_bytes(4, "little"))
+
+
 def runstate(machine: Machine, domain: Domain, vcpu: XenVcpu) -> bytes:
     """vcpu_runstate_info, with the time in the present state counted up to now."""
     moment = now(machine)
@@ -91,6 +122,19 @@ def change_runstate(machine: Machine, domain: Domain, vcpu: XenVcpu, state: RunS
     vcpu.entered, vcpu.run_state = moment, state
     if vcpu.runstate_spa:
         store(machine, vcpu.runstate_spa, runstate(machine, domain, vcpu))
+
+
+def next_timer(machine: Machine, vcpu: Vcpu) -> int | None:
+    """The slot of that name: the TSC at which the next timer, poll or watchdog of the vCPU's domain ends."""
+    domain = domain_of(machine, vcpu)
+    if domain is None:
+        return None
+    due = [*domain.watchdogs.values()]
+    for its in domain.vcpus:
+        due += [its.singleshot] if its.singleshot else []
+        due += [its.next_period] if its.period else []
+        due += [its.poll_until] if its.polling is not None and its.poll_until else []
+    return -(-min(due) * TSC_HZ // NANOSECONDS) if due else None
 
 
 def tick(machine: Machine) -> None:

@@ -8,6 +8,7 @@ from sevlab.core.memory import TAG_HYPERVISOR
 from sevlab.core.svm import ExitCode
 from sevlab.core.units import PAGE_BYTES
 from sevlab.plugins import io
+from sevlab.plugins.xen import clock
 from sevlab.plugins.xen.arguments import E820Entry
 from sevlab.plugins.xen.frames import store
 from sevlab.plugins.xen.layout import LEGACY_MAX_VCPUS, VCPU_INFO_BYTES
@@ -38,6 +39,7 @@ def build(machine: Machine, settings: Settings) -> None:
         state = xen(machine)
         state.domains[domid] = domain
         state.domid_of_vm[vm.vm_id] = domid
+        clock.start(machine, domain)
         _rings(machine, vm, domain)
         toolstack.introduce(machine, vm, domain)
         for vcpu_id in vm.vcpu_ids:

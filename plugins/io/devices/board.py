@@ -95,6 +95,13 @@ def devices(machine: Machine, vcpu: Vcpu) -> Devices:
     return found
 
 
+def next_event(machine: Machine, vcpu: Vcpu) -> int | None:
+    """The TSC at which the next timer of a device or of the hypervisor is due for the VM of `vcpu`; None: no timer."""
+    due = devices(machine, vcpu).next_event(machine.tsc())
+    own = None if machine.slots.next_timer is None else machine.slots.next_timer(machine, vcpu)
+    return min((time for time in (due, own) if time is not None), default=None)
+
+
 def new_devices(vm: Vm) -> Devices:
     """The board of a fresh VM."""
     board = Devices(boot_vcpu=vm.vcpu_ids[0])

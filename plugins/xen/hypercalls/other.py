@@ -160,15 +160,15 @@ def irq_status(call: Call, a: Any) -> int:
 
 
 def map_pirq(call: Call, a: Any) -> int:
-    """Let a PIRQ stand for an emulated GSI; only with a vector callback. A GSI or PIRQ that is mapped already stays as
-    it is, and that is no error.
+    """Let a PIRQ stand for an emulated GSI; only where events come by vector. A GSI or PIRQ that is mapped already
+    stays as it is, and that is no error.
     """
     domain = call.any_domain(a.domid)
     if domain is None:
         return -Errno.ESRCH
     if domain is not call.domain:
         return -Errno.EPERM
-    if callback(domain)[0] != CALLBACK_VECTOR:
+    if callback(domain)[0] != CALLBACK_VECTOR and not domain.vcpus[0].upcall_vector:
         return -Errno.EINVAL
     if a.type != MAP_GSI or a.index >= GSIS:
         return -Errno.EINVAL

@@ -23,6 +23,7 @@ from sevlab.plugins.xen.arguments import (
     VcpuHvmContext32,
 )
 from sevlab.plugins.xen.call import Abi, Call
+from sevlab.plugins.xen.cpu_policy import cr4_is_valid, efer_is_valid
 from sevlab.plugins.xen.frames import fetch, may_write, page_of, store
 from sevlab.plugins.xen.layout import VCPU_INFO_BYTES, VcpuRunstateInfo, VcpuRunstateInfo32, VcpuTimeInfo
 from sevlab.plugins.xen.numbers import Errno, Vcpuop
@@ -54,8 +55,8 @@ def target(call: Call) -> XenVcpu:
 
 
 def initialise(call: Call, a: Any) -> int:
-    """Give a vCPU its first registers; it stays down. A vCPU whose registers are encrypted got them, measured, before
-    it ran: EOPNOTSUPP (UNVERIFIED: no such Xen exists). CR4 and EFER are not held against the guest's CPUID.
+    """Give a vCPU its first registers, as far as its CPUID has them; it stays down. A vCPU whose registers are
+    encrypted got them, measured, before it ran: EOPNOTSUPP (UNVERIFIED: no such Xen exists).
 
     Source: Xen xen/arch/x86/hvm/domain.c (arch_set_info_hvm_guest).
     """
@@ -72,12 +73,15 @@ def initialise(call: Call, a: Any) -> int:
         a = VcpuHvmContext32.from_bytes(a.to_bytes())
     if not (_context_32_is_legal(a) if narrow else _context_64_is_legal(a)):
         return -Errno.EINVAL
+    efer = a.efer | (EFER_LMA if a.efer & EFER_LME else 0)
+    if not cr4_is_valid(call.machine, real, a.cr4) or not efer_is_valid(call.machine, real, efer):
+        return -Errno.EINVAL
     for name in REGISTERS_32 if narrow else REGISTERS_64:
         setattr(real.regs, "r" + name[1:], getattr(a, name))
     real.regs.rflags = (a.eflags if narrow else a.rflags) & RFLAGS_KEPT | 2
     system = real.system
     system.cr0, system.cr3, system.cr4 = a.cr0, a.cr3, a.cr4
-    system.efer = a.efer | EFER_SVME | (EFER_LMA if a.efer & EFER_LME else 0)
+    system.efer = efer | EFER_SVME  # the processor's own: a guest runs with it set
     if narrow:
         for name in SEGMENTS:
             attributes = _attributes(getattr(a, name + "_ar"))

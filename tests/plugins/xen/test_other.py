@@ -185,6 +185,15 @@ def test_a_pirq_stands_for_an_emulated_line(machine):
     assert not xen(machine).domains[1].pirqs
 
 
+def test_a_vector_of_vcpu_0s_own_is_enough_for_pirqs(machine):
+    from sevlab.plugins.xen.arguments import MapPirq
+
+    guest = guest_of(machine)
+    guest.invoke(Nr.HVM_OP, Hvmop.SET_EVTCHN_UPCALL_VECTOR, vcpu=0, vector=0xF3)
+    guest.write(BOUNCE, MapPirq.build(domid=Domid.SELF, type=1, index=9, pirq=0xFFFF_FFFF))
+    assert guest.call(Nr.PHYSDEV_OP, Physdevop.MAP_PIRQ, BOUNCE) == 0
+
+
 def test_operations_of_the_hardware_domain_do_not_exist(machine):
     for command in (0, 6, 17, 21, 24, 25, 26, 29, 32, 33):
         assert call(machine, Nr.PHYSDEV_OP, command, PAGE) == -Errno.ENOSYS

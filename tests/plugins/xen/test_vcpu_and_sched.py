@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from sevlab.core.events import AdvanceClock, CpuExit, Injected, Stopped
 from sevlab.core.svm import ExitCode, Vector
+from sevlab.plugins import io
 from sevlab.plugins.xen import Errno, HypercallStep, Nr, Schedop, Vcpuop, xen
 from sevlab.plugins.xen.arguments import Area, Shutdown, VcpuHvmContext, VcpuHvmContext32, Watchdog
-from sevlab.plugins.xen.layout import VcpuRunstateInfo, VcpuTimeInfo
+from sevlab.plugins.xen.layout import SharedInfo, VcpuRunstateInfo, VcpuTimeInfo
 from sevlab.plugins.xen.numbers import Evtchnop, MapSpace, Virq
 
 from tests.plugins.xen.world import BOUNCE, INFO, PAGE, call, guest_of, machine_of
@@ -54,12 +55,41 @@ def test_a_second_vcpu_is_initialised_started_and_stopped(machine):
         ({"cr0": 0x11}, -Errno.EINVAL),
         ({"cr4": 0}, -Errno.EINVAL),
         ({"efer": 0}, -Errno.EINVAL),
+        ({"efer": 0x1500}, -Errno.EINVAL),  # SVME
+        ({"efer": 0x500 | 1 << 15}, -Errno.EINVAL),
+        ({"efer": 0x4D01}, 0),
+        ({"cr4": 0x20 | 1 << 12}, -Errno.EINVAL),  # five levels
+        ({"cr4": 0x20 | 1 << 13}, -Errno.EINVAL),  # VMXE
+        ({"cr4": 0x20 | 1 << 20}, 0),
     ],
 )
 def test_first_registers_are_checked(machine, fields, result):
     guest = guest_of(machine)
     assert op(guest, Vcpuop.INITIALISE, 1, **(CONTEXT | fields)).result == result
     assert xen(machine).domains[1].vcpus[1].initialised == (result == 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "result"),
+    [
+        ({"cr4": 0x6B0}, 0),
+        ({"cr4": 0x20 | 1 << 8}, 0),  # PCE has no bit in CPUID
+        ({"cr4": 0x20 | 1 << 20}, -Errno.EINVAL),  # SMEP
+        ({"cr4": 0x20 | 1 << 18}, -Errno.EINVAL),  # OSXSAVE
+        ({"efer": 0xD01}, 0),
+        ({"efer": 0x500 | 1 << 14}, -Errno.EINVAL),  # FFXSE
+        ({"efer": 0x500 | 1 << 21}, -Errno.EINVAL),  # automatic IBRS
+    ],
+)
+def test_cr4_and_efer_are_held_against_the_guests_cpuid(fields, result):
+    machine = machine_of(vcpus=2, plugins=("sme", "sev", "sev_es", "engines"))  # which describes a processor
+    assert op(guest_of(machine), Vcpuop.INITIALISE, 1, **(CONTEXT | fields)).result == result
+
+
+def test_a_32_bit_vcpu_is_held_against_cpuid_too(machine):
+    assert initialise_32(guest_of(machine), cr4=1 << 12) == -Errno.EINVAL
+    assert initialise_32(guest_of(machine), efer=1 << 12) == -Errno.EINVAL
+    assert initialise_32(guest_of(machine), cr4=1 << 4) == 0
 
 
 FLAT = {f"{name}_limit": 0xFFFF_FFFF for name in ("cs", "ds", "ss", "es")}
@@ -215,6 +245,30 @@ def with_timer(machine):
     guest.map_page(MapSpace.SHARED_INFO, 0, INFO)
     port = guest.invoke(Nr.EVENT_CHANNEL_OP, Evtchnop.BIND_VIRQ, virq=Virq.TIMER, vcpu=0).fields["port"]
     return guest, port
+
+
+def test_the_clocks_run_before_the_first_instruction(machine):
+    domain = xen(machine).domains[1]
+    shared = SharedInfo.from_bytes(machine.memory.read(domain.shared_info_spa, SharedInfo.SIZE, None))
+    date = io.devices(machine, machine.vcpus[0]).rtc.now(0)
+    assert (shared.wc_sec, shared.wc_sec_hi, shared.wc_version) == (int(date.timestamp()), 0, 2)
+    for vcpu in range(2):
+        clock = VcpuTimeInfo.from_bytes(shared.vcpu_info[vcpu * 64 + 32 : vcpu * 64 + 64])
+        assert clock.time_version == 2
+        assert clock.tsc_to_system_mul
+
+
+def test_whoever_lets_time_pass_is_told_of_the_next_timer(machine):
+    guest, vcpu = guest_of(machine), machine.vcpus[1]
+    assert io.next_event(machine, vcpu) is None
+    op(guest, Vcpuop.SET_SINGLESHOT_TIMER, timeout_abs_ns=5_000_000)
+    op(guest, Vcpuop.SET_PERIODIC_TIMER, 1, period_ns=7_000_000)
+    assert io.next_event(machine, vcpu) == 5 * MS
+    machine.apply(AdvanceClock(5 * MS - 1))
+    assert xen(machine).domains[1].vcpus[0].singleshot
+    machine.apply(AdvanceClock(1))
+    assert not xen(machine).domains[1].vcpus[0].singleshot
+    assert io.next_event(machine, vcpu) == 7 * MS
 
 
 def test_a_singleshot_timer_fires_once_when_it_is_due(machine):
