@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sevlab.core.crypto import MemoryKey
-from sevlab.core.memory import Memory, MemoryImage, split_pages
+from sevlab.core.memory import Memory, split_pages
+from sevlab.core.pages import MemoryImage
 from sevlab.core.units import PAGE_SHIFT
 
 LINE_BYTES = 64
@@ -130,9 +131,9 @@ class CachedMemory(Memory):
         self.flush_page(spa)
         super().defer(spa, key, source, tag)
 
-    def mark(self) -> None:
+    def mark(self, *, keep_lent: bool = False) -> None:
         """Make the present content, cached lines included, what `reset` returns to."""
-        super().mark()
+        super().mark(keep_lent=keep_lent)
         self._lines_marked = dict(self._lines)
 
     def reset(self) -> None:

@@ -22,8 +22,9 @@ from sevlab.core.errors import ConfigError, InvariantViolation, PluginError
 from sevlab.core.events import KERNEL_RECORDS, Race, Refused
 from sevlab.core.guests import create_guest
 from sevlab.core.hypervisor import Hypervisor, Vm
-from sevlab.core.memory import Memory, MemoryImage
+from sevlab.core.memory import Memory
 from sevlab.core.oracle import OracleSink
+from sevlab.core.pages import MemoryImage
 from sevlab.core.plugins import PluginSet, load
 from sevlab.core.state import Journal, StateDict, Stateful, StateImage, capture, restore
 from sevlab.core.vocabulary import Outcome, Record, Vocabulary, spec_of
@@ -140,16 +141,20 @@ class Machine:
 
     # Reset and snapshots ----------------------------------------------------------------------------------------
 
-    def mark(self) -> None:
-        """Make the present state what `reset` returns to."""
+    def mark(self, *, keep_lent: bool = False) -> None:
+        """Make the present state what `reset` returns to; `keep_lent`: an engine goes on executing on its pages."""
         self._journal.mark(self._roots())
-        self.memory.mark()
+        self.memory.mark(keep_lent=keep_lent)
 
-    def reset(self) -> None:
-        """Return to the marked state, with an empty sink; costs only what changed since."""
+    def reset(self, *, forget: bool = True) -> None:
+        """Return to the marked state, with an empty sink; costs only what changed since.
+
+        `forget` False: the caller knows that no nested table changed, and keeps the cached translations.
+        """
         self._journal.reset()
         self.memory.reset()
-        self.access.forget()
+        if forget:
+            self.access.forget()
         if self.sink is not None:
             self.sink.begin()
 

@@ -12,6 +12,8 @@ XTS blocks are independent, the former owner finds exactly the touched 16-byte b
 
 A CPU engine executes on *lent* pages: their bytes lie in the engine's memory and nowhere else, so that what the guest
 stores and what this module reads are one truth. Another key, a reset or a mark take a page back, and say so first.
+After `mark(keep_lent=True)` lent pages stay where they are: the engine says with `touch` which page it is about to
+store to for the first time, and `reset` puts the bytes back in place.
 
 Tags say whose data a byte is (`core.buffers` and the oracles use them): one number for a uniform page, a second
 bytearray only where a page holds bytes of several owners. 0 means never written.
@@ -20,10 +22,10 @@ bytearray only where a page holds bytes of several owners. 0 means never written
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
 from sevlab.core.crypto import ZERO_PAGE, MemoryKey
 from sevlab.core.errors import ConfigError
+from sevlab.core.pages import DEFERRED, MemoryImage, Page, PageImage
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 
 TAG_POISON = 0
@@ -41,66 +43,6 @@ def guest_tag(vm_id: int) -> int:
     return TAG_FIRST_GUEST + vm_id % (256 - TAG_FIRST_GUEST)
 
 
-class Page:
-    """One page of DRAM as its last writer sees it."""
-
-    __slots__ = ("cipher", "data", "epoch", "key", "mixed", "source", "tag", "tags", "view", "view_key")
-
-    def __init__(self, data: bytearray, key: MemoryKey | None, epoch: int, tag: int = TAG_POISON) -> None:
-        self.data: bytearray | memoryview = data
-        self.key = key
-        self.epoch = epoch
-        self.tag = tag
-        self.tags: bytearray | None = None
-        self.mixed = False  # written under more than one key: some is ciphertext to the last writer
-        self.cipher: bytes | None = None
-        self.view: bytes | None = None
-        self.view_key: MemoryKey | None = None
-        self.source: tuple[MemoryKey | None, Callable[[], bytes]] | None = None
-        """Of a deferred page: the key its bytes will be under, and who makes them."""
-
-    def copy(self, epoch: int) -> Page:
-        """A writable copy for sequence `epoch`."""
-        page = Page.__new__(Page)
-        page.data = bytearray(self.data)
-        page.key = self.key
-        page.epoch = epoch
-        page.tag, page.mixed = self.tag, self.mixed
-        page.tags = None if self.tags is None else self.tags[:]
-        page.cipher = page.view = page.view_key = page.source = None
-        return page
-
-
-class _NobodysKey(MemoryKey):
-    """A key that no access ever uses."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:  # it encrypts nothing
-        pass
-
-
-DEFERRED = _NobodysKey()
-"""The key of pages whose bytes are not made yet, so that every access takes the slow path."""
-
-
-class PageImage(NamedTuple):
-    """Explicit data of one page in a snapshot. `tags` is one byte for a uniform page, else one a byte."""
-
-    key_id: int | None
-    data: bytes
-    tags: bytes
-
-
-class MemoryImage(NamedTuple):
-    """Explicit data of the memory and its keys: `keys` maps a key id to (XTS key, label)."""
-
-    keys: tuple[tuple[int, bytes, str], ...]
-    pages: tuple[tuple[int, PageImage], ...]
-    cache: tuple[Any, ...] = ()
-    """Lines that are not written back yet; empty unless the caches are modelled."""
-
-
 class Memory:
     """The DRAM of the machine.
 
@@ -112,6 +54,7 @@ class Memory:
         "_keys",
         "_keys_marked",
         "_saved",
+        "_stay_lent",
         "epoch",
         "key_bits",
         "lent",
@@ -129,6 +72,7 @@ class Memory:
         self.pages: dict[int, Page] = {}
         self.epoch = 0
         self._saved: dict[int, Page | None] = {}
+        self._stay_lent = False
         self._keys: dict[int, MemoryKey] = {}
         self._keys_marked = 0
         self.page_owner_changed: Callable[[int, MemoryKey | None, MemoryKey | None], None] | None = None
@@ -207,13 +151,17 @@ class Memory:
             if page.key is key:
                 return page
         if page is None or page.epoch != epoch:
+            if page is not None and page.key is key and pfn in self.lent:
+                self.touch(pfn)
+                page.cipher = page.view = None
+                return page
             if pfn not in self._saved:
                 self._saved[pfn] = page
             if page is not None and page.key is key:
                 page = page.copy(epoch)
                 self.pages[pfn] = page
                 return page
-        fresh = Page(bytearray(self._view(page, pfn, key)) if keep else bytearray(PAGE_BYTES), key, epoch)
+        fresh = Page(bytearray(self._view(page, pfn, key)) if keep else bytearray(PAGE_BYTES), key, epoch, TAG_POISON)
         old_key = None
         if page is not None:
             fresh.tag = page.tag
@@ -342,7 +290,9 @@ class Memory:
         """
         before = self.pages.get(pfn)
         switched = before is not None and before.key is not key
-        page = self.writable(pfn, key)
+        tagged = before is not None and (before.tag != TAG_POISON or before.tags is not None)
+        # To move a page's bytes into the room changes nothing that a reset has to take back.
+        page = before if before is not None and self._stay_lent and tagged and not switched else self.writable(pfn, key)
         if pfn not in self.lent:
             room[:] = page.data
             page.data = room
@@ -351,6 +301,18 @@ class Memory:
         if switched or (page.tag == TAG_POISON and page.tags is None):
             page.tag, page.tags = tag, None
         return switched
+
+    def touch(self, pfn: int) -> None:
+        """The engine is about to store to lent page `pfn`: keep what `reset` returns to."""
+        page = self.pages[pfn]
+        if page.epoch != self.epoch:
+            if pfn not in self._saved:
+                self._saved[pfn] = page.copy(page.epoch)
+            page.epoch = self.epoch
+
+    def touched(self, pfn: int) -> bool:
+        """Whether page `pfn` may differ from what `reset` returns to."""
+        return self.pages[pfn].epoch == self.epoch
 
     def _recall(self, pfn: int) -> None:
         if self.recalled is not None:
@@ -422,18 +384,29 @@ class Memory:
         """Numbers of the pages that were written since the mark."""
         return tuple(self._saved)
 
-    def mark(self) -> None:
-        """Make the present content what `reset` returns to."""
-        self.recall_all()
+    def differs(self, pfn: int) -> bool:
+        """Whether a page that was written since `mark` holds other bytes than then, or is another's."""
+        before, page = self._saved[pfn], self.pages.get(pfn)
+        if before is None or page is None:
+            return before is not page
+        return page.key is not before.key or page.data != before.data
+
+    def mark(self, *, keep_lent: bool = False) -> None:
+        """Make the present content what `reset` returns to; `keep_lent`: an engine goes on executing on its pages."""
+        self._stay_lent = keep_lent
+        if not keep_lent:
+            self.recall_all()
         self._saved.clear()
         self._keys_marked = len(self._keys)
         self.epoch += 1
 
     def reset(self) -> None:
         """Put the pages written since `mark` back."""
-        if self.lent:
+        if self._stay_lent:
+            self._rewind_lent()
+        elif self.lent:
             self.recall_all()
-        saved = self._saved
+        saved = {} if self._stay_lent else self._saved
         if saved:
             pages = self.pages
             for pfn, page in saved.items():
@@ -445,6 +418,28 @@ class Memory:
         if len(self._keys) > self._keys_marked:
             for key_id in [key_id for key_id in self._keys if key_id > self._keys_marked]:
                 del self._keys[key_id]
+
+    def _rewind_lent(self) -> None:
+        """Put back what the engine may store to, in place; it may go on to store there, so each stays noted."""
+        lent, pages, saved = self.lent, self.pages, self._saved
+        moved: list[int] = []
+        for pfn, before in saved.items():
+            page = pages.get(pfn)
+            if pfn not in lent or page is None or before is None or page.key is not before.key:
+                moved.append(pfn)
+                continue
+            page.data[:] = before.data
+            page.tag, page.mixed = before.tag, before.mixed
+            page.tags = None if before.tags is None else before.tags[:]
+            page.cipher = page.view = None
+        for pfn in moved:
+            before = saved.pop(pfn)
+            if pfn in lent:
+                self._recall(pfn)
+            if before is None:
+                pages.pop(pfn, None)
+            else:
+                pages[pfn] = before
 
     @property
     def dirty_pages(self) -> int:

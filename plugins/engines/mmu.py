@@ -74,6 +74,10 @@ class Mmu:
         self._stored: set[int] = set()
         self._mixed: set[int] = set()
         self._filling = MANY
+        self.journaled = False
+        """Memory has a mark that keeps pages lent: it wants to know of the first store to each."""
+        self.walked_exactly = False
+        """A walk may have set accessed and dirty bits, which the engine's translations then stand for."""
         self.fills = self.switches = self.flushes = 0
         self.fault: Fault | None = None
         """Why the last `fill` was refused."""
@@ -114,6 +118,7 @@ class Mmu:
         try:
             found = self._walk(gva, kind | user)
             if found is None:
+                self.walked_exactly = True
                 self._access.guest_linear(self._vcpu, gva, kind | user)  # raises, or sets accessed and dirty bits
                 found = self._walk(gva, kind | user) or self._exact(gva, kind | user)
             gpa, private, rights = found
@@ -132,6 +137,19 @@ class Mmu:
         self._stored.clear()
         if self.engine is not None:
             self.engine.flush()
+
+    def tables(self) -> set[int]:
+        """Pages that hold tables of the guest which were walked lately."""
+        return {at >> 9 for at in self._tables.values()}
+
+    def code(self) -> set[int]:
+        """Pages that were executed."""
+        return self._fetched
+
+    @property
+    def known(self) -> int:
+        """How many pages `tables` and `code` name: it grows until a flush."""
+        return len(self._tables) + len(self._fetched)
 
     def is_large(self, gva: int) -> bool:
         """Whether translations in the 2 MiB around `gva` came from a large page, which INVLPG drops as a whole."""
@@ -242,7 +260,13 @@ class Mmu:
             self._filled[pfn] = page
         elif before != page:
             self._filled[pfn] = MANY
-        return place.spa & -PAGE_BYTES, self._rights(pfn, kind, rights)
+        rights = self._rights(pfn, kind, rights)
+        if self.journaled and rights & W:
+            if kind & WRITE:
+                self._memory.touch(pfn)
+            elif not self._memory.touched(pfn):
+                rights &= ~W
+        return place.spa & -PAGE_BYTES, rights
 
     def _rights(self, pfn: int, kind: int, rights: int) -> int:
         """Which of the rights the engine gets at once.

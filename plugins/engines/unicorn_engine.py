@@ -160,12 +160,12 @@ class UnicornCpu:
         )
         self._hook(unicorn_const.UC_HOOK_TLB_FILL, binding.HOOK_TLB_FILL_CFUNC(self._on_fill))
 
-    def _hook(self, kind: int, function: Any, *arguments: int) -> None:
+    def _hook(self, kind: int, function: Any, *instruction: int, argument: int = 0) -> None:
         handle = ctypes.c_size_t()
-        nothing = ctypes.c_void_p(0)
+        given = ctypes.c_void_p(argument)
         span = (ctypes.c_uint64(1), ctypes.c_uint64(0))
-        extra = tuple(ctypes.c_int(argument) for argument in arguments)
-        status = self._library.uc_hook_add(self._handle, ctypes.byref(handle), kind, function, nothing, *span, *extra)
+        extra = tuple(ctypes.c_int(number) for number in instruction)
+        status = self._library.uc_hook_add(self._handle, ctypes.byref(handle), kind, function, given, *span, *extra)
         if status:
             raise ConfigError(f"unicorn refuses a hook of kind {kind}: status {status}")
         self._hooks.append(function)
@@ -223,6 +223,25 @@ class UnicornCpu:
     def fault_address(self) -> int:
         """EXITINFO2 of the last exception or nested fault."""
         return int.from_bytes(self._private[VMCB_EXIT_INFO_2 : VMCB_EXIT_INFO_2 + 8], "little")
+
+    # Snapshots --------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> bytes:
+        """Between two runs: the processor's state beside the vCPU's, for `restore` of an engine of this build."""
+        return bytes(self._window.bytes)
+
+    def restore(self, state: bytes) -> None:
+        """Go on from `state`, with the registers that are in the vCPU."""
+        self._window.bytes[:] = state
+
+    def hook_blocks(self, make: Callable[[int], tuple[int, int]]) -> None:
+        """Call native code at each block: `make` gets the address of uc_emu_stop and gives those of the code and of its
+        argument.
+        """
+        import unicorn.unicorn_const as const
+
+        callback, argument = make(ctypes.cast(self._library.uc_emu_stop, ctypes.c_void_p).value or 0)
+        self._hook(const.UC_HOOK_BLOCK, ctypes.c_void_p(callback), argument=argument)
 
     # Reports ----------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sevlab.core.memory import Page, guest_tag
+from sevlab.core.memory import guest_tag
 from sevlab.core.oracle import Finding
 from sevlab.core.vocabulary import Outcome, Record
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
+    from sevlab.core.pages import Page
 
 
 class OwnerTaint:

@@ -76,3 +76,74 @@ def test_marks_resets_and_snapshots_have_no_lent_pages(memory, back):
     assert memory.read(0x3000, 3, None) == (b"new" if back == "mark" else b"old")
     place[:3] = b"xxx"
     assert memory.read(0x3000, 3, None) == (b"new" if back == "mark" else b"old")
+
+
+def marked(memory: Memory, content: bytes = b"before") -> tuple[memoryview, object]:
+    """Page 3, lent to an engine under a key and marked."""
+    key = memory.install_key(bytes(range(32)), "guest")
+    memory.write(0x3000, content, key, guest_tag(0))
+    place = room()
+    memory.lend(3, key, place, guest_tag(0))
+    memory.mark(keep_lent=True)
+    return place, key
+
+
+def test_a_mark_can_leave_pages_lent_and_a_reset_puts_them_back_in_place(memory):
+    place, key = marked(memory)
+    before = memory.capture()
+    for _ in range(2):
+        memory.touch(3)
+        place[:5] = b"after"
+        assert memory.read(0x3000, 6, key) == b"aftere"
+        memory.reset()
+        assert bytes(place[:6]) == b"before"
+        assert memory.capture() == before
+    assert memory.lent == {3}
+    assert memory.written() == (3,)
+
+
+def test_the_models_own_store_to_a_page_that_stayed_lent_is_taken_back(memory):
+    place, key = marked(memory)
+    memory.write(0x3002, b"TE", key, TAG_HYPERVISOR)
+    assert bytes(place[:6]) == b"beTEre"
+    memory.reset()
+    assert bytes(place[:6]) == b"before"
+    assert memory.tags(0x3000, 6) == bytes((guest_tag(0),)) * 6
+
+
+def test_a_page_that_changed_hands_comes_back_under_its_key(memory):
+    place, key = marked(memory)
+    told = []
+    memory.recalled = told.append
+    memory.touch(3)
+    place[:5] = b"after"
+    memory.write(0x3000, b"x", None, TAG_HYPERVISOR)
+    assert told == [3]
+    memory.reset()
+    assert memory.read(0x3000, 6, key) == b"before"
+    assert memory.written() == ()
+    other = room()
+    memory.lend(3, key, other, guest_tag(0))
+    memory.touch(3)
+    other[0] = 0
+    memory.reset()
+    assert bytes(other[:6]) == b"before"
+
+
+def test_a_page_lent_after_the_mark_is_put_back_too(memory):
+    _, key = marked(memory)
+    memory.write(0x5000, b"fresh", key, guest_tag(0))
+    place = room()
+    memory.lend(5, key, place, guest_tag(0))
+    memory.touch(5)
+    memory.reset()
+    assert memory.read(0x5000, 5, None) == bytes(5)
+    assert 5 not in memory.lent
+
+
+def test_an_ordinary_mark_takes_pages_back_again(memory):
+    place, key = marked(memory)
+    memory.mark()
+    assert memory.lent == set()
+    place[:5] = b"after"
+    assert memory.read(0x3000, 6, key) == b"before"
