@@ -8,9 +8,10 @@ the fetch it waits for. That is how a second vCPU is modelled without threads, a
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from struct import Struct
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sevlab.core.crypto import MemoryKey
 from sevlab.core.errors import InvariantViolation
@@ -257,24 +258,66 @@ class SharedBuffer:
             raise _overrun("shared write", offset, width_bytes, self.size)
         self._memory.write(self.spa + offset, value.to_bytes(width_bytes, "little"), self.key, self.tag)
 
-    def write_pieces(self, pieces: tuple[tuple[slice, bytes], ...]) -> None:
-        """Store several (place, data), as `write` does each; `place` is a slice of the window as long as the data."""
+    def write_words(self, words: Words, *values: int) -> None:
+        """Store the numbers at the places of `words`, and its fixed bytes, as `write` does each."""
+        if words.end > self.size:
+            raise _overrun("shared write", words.end, 0, self.size)
         if not self._one_page or self._offset:
-            for place, data in pieces:
-                self.write(place.start, data)
+            image = bytearray(words.end)
+            words.store(image, *values)
+            for place in words.places:
+                self.write(place.start, image[place])
             return
         page = self._memory.writable(self._pfn, self.key)
-        content, tags, tag = page.data, page.tags, self.tag
-        if tags is None and page.tag != tag:
-            tags = page.tags = bytearray(_uniform(page.tag))
-        own, size = _uniform(tag), self.size
-        for place, data in pieces:
-            start, stop = place.start, place.stop
-            if start < 0 or stop > size or stop - start != len(data):
-                raise _overrun("shared write", start, len(data), size)
-            content[place] = data
-            if tags is not None:
+        words.store(page.data, *values)
+        tags, tag = page.tags, self.tag
+        if tags is not None:
+            own = _uniform(tag)
+            for place in words.places:
                 tags[place] = own[place]
+        elif page.tag != tag:
+            page.tags = bytearray(_marked(words, page.tag, tag))
+
+
+class Words:
+    """Places of 64-bit numbers and of fixed bytes in a window, made once so that all are written by one call.
+
+    `offsets` are those of the numbers, in the order in which they are given; `fixed` is (offset, bytes) of the rest.
+    Raises `ValueError` for a negative offset.
+    """
+
+    __slots__ = ("end", "places", "store")
+
+    def __init__(self, offsets: tuple[int, ...], fixed: tuple[tuple[int, bytes], ...] = ()) -> None:
+        names = [f"value_{number}" for number in range(len(offsets))]
+        lines = [f"def store(content{''.join(f', {name}' for name in names)}):"]
+        places, first = [], 0
+        for number, offset in enumerate(offsets):  # numbers that lie in a row take one call
+            if number + 1 == len(offsets) or offsets[number + 1] != offset + 8:
+                places.append(slice(offsets[first], offset + 8))
+                run = names[first : number + 1]
+                lines.append(f"    pack_{len(run)}(content, {offsets[first]}, {', '.join(run)})")
+                first = number + 1
+        for offset, data in fixed:
+            places.append(slice(offset, offset + len(data)))
+            lines.append(f"    content[{offset}:{offset + len(data)}] = {data!r}")
+        if any(place.start < 0 for place in places):
+            raise ValueError(f"{places}: expected no place before 0")
+        self.places = tuple(places)
+        self.end = max(place.stop for place in places)
+        scope: dict[str, Any] = {f"pack_{n}": Struct(f"<{n}Q").pack_into for n in range(1, len(offsets) + 1)}
+        exec("\n".join(lines), scope)  # noqa: S102  # made of numbers and bytes only
+        self.store: Callable[..., None] = scope["store"]
+        """Stores the numbers and the fixed bytes in a bytearray of at least `end` bytes."""
+
+
+@lru_cache(maxsize=64)
+def _marked(words: Words, tag_before: int, tag: int) -> bytes:
+    """The tags of a page that was all `tag_before`'s and into which `tag` has written `words`."""
+    tags = bytearray(_uniform(tag_before))
+    for place in words.places:
+        tags[place] = _uniform(tag)[place]
+    return bytes(tags)
 
 
 @cache

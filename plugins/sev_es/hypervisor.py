@@ -13,7 +13,7 @@ from functools import cache
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
-from sevlab.core.buffers import SharedBuffer
+from sevlab.core.buffers import SharedBuffer, Words
 from sevlab.core.memory import TAG_HYPERVISOR
 from sevlab.core.state import StateDict
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK
@@ -46,17 +46,12 @@ ALWAYS_MASK = valid_mask(*ALWAYS)
 
 # The words that the checks look at before the event is known, at the offsets that the layout declares.
 _AT = {name: info.offset for name, info in Ghcb.FIELDS.items()}
-_U64, _U64_PAIR, _U64_THREE = Struct("<Q"), Struct("<2Q"), Struct("<3Q")
+_U64 = Struct("<Q")
 CODE_AT = _AT["sw_exit_code"]
 _HEAD = Struct(
     f"<Q{_AT['valid_bitmap'] - CODE_AT - 8}x16s{_AT['protocol_version'] - _AT['valid_bitmap'] - 16}xHI"
 ).unpack_from
 """The exit code, the bitmap, the protocol version and the usage."""
-INFOS = slice(_AT["sw_exit_info_1"], _AT["sw_exit_info_2"] + 8)
-BITMAP = slice(_AT["valid_bitmap"], _AT["valid_bitmap"] + 16)
-RAX, RCX, RDX, RBX = (slice(_AT[name], _AT[name] + 8) for name in ("rax", "rcx", "rdx", "rbx"))
-THREE = slice(RCX.start, RBX.stop)
-"""RCX, RDX, RBX lie in a row."""
 _record = tuple.__new__
 """Makes a NamedTuple from its values without the keyword machinery: half the time, at every reply."""
 
@@ -90,22 +85,15 @@ def compile_event(event: NaeEvent, version_max: int) -> Compiled:
 
 
 @cache
-def _bitmap(registers: tuple[str, ...]) -> bytes:
-    """The bitmap of a reply that returns these registers."""
-    return valid_mask("sw_exit_info_1", "sw_exit_info_2", *registers).to_bytes(16, "little")
+def _answer(registers: tuple[str, ...]) -> tuple[Words, bytes]:
+    """Where a reply puts these registers, SW_EXITINFO1 and 2, and the bitmap that it leaves; the bitmap."""
+    names = (*registers, "sw_exit_info_1", "sw_exit_info_2")
+    valid = valid_mask(*names).to_bytes(16, "little")
+    return Words(tuple(_AT[name] for name in names), ((_AT["valid_bitmap"], valid),)), valid
 
 
-NOTHING_RETURNED, ALL_RETURNED = _bitmap(()), _bitmap(("rax", "rcx", "rdx", "rbx"))
-
-
-def _write_more(window: SharedBuffer, reply: Reply, infos: tuple[slice, bytes]) -> bytes:
-    """A reply with registers of the hypervisor's own ABI; the bitmap that says so."""
-    named = (("rax", reply.rax), ("rcx", reply.rcx), ("rdx", reply.rdx), ("rbx", reply.rbx))
-    values = [(name, value) for name, value in named if value is not None] + list(reply.more)
-    valid = _bitmap(tuple(name for name, _ in values))
-    registers = tuple((slice(_AT[name], _AT[name] + 8), _U64.pack(value)) for name, value in values)
-    window.write_pieces((*registers, infos, (BITMAP, valid)))
-    return valid
+RETURNABLE = ("rax", "rcx", "rdx", "rbx")
+NOTHING_RETURNED, ALL_RETURNED = _answer(()), _answer(RETURNABLE)
 
 
 def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, reply: Reply, data: bytes) -> None:
@@ -114,20 +102,17 @@ def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, r
     Source: 56421, section 4; Linux arch/x86/kvm/svm/sev.c (sev_es_sync_to_ghcb).
     """
     info_1, info_2, rax, rbx, rcx, rdx, more = reply
-    infos = INFOS, _U64_PAIR.pack(info_1, info_2)
-    if more:
-        valid = _write_more(window, reply, infos)
-    elif rax is None and rcx is None and rdx is None and rbx is None:
-        valid = NOTHING_RETURNED
-        window.write_pieces((infos, (BITMAP, valid)))
-    elif rax is not None and rcx is not None and rdx is not None and rbx is not None:
-        valid = ALL_RETURNED
-        window.write_pieces(((RAX, _U64.pack(rax)), (THREE, _U64_THREE.pack(rcx, rdx, rbx)), infos, (BITMAP, valid)))
+    if rax is rbx is rcx is rdx is None and not more:
+        words, valid = NOTHING_RETURNED
+        window.write_words(words, info_1, info_2)
+    elif more or rax is None or rbx is None or rcx is None or rdx is None:
+        given = [*zip(RETURNABLE, (rax, rcx, rdx, rbx), strict=True), *more]
+        named = [(name, value) for name, value in given if value is not None]
+        words, valid = _answer(tuple(name for name, _ in named))
+        window.write_words(words, *(value for _, value in named), info_1, info_2)
     else:
-        values = ((RAX, "rax", rax), (RCX, "rcx", rcx), (RDX, "rdx", rdx), (RBX, "rbx", rbx))
-        registers = tuple((place, _U64.pack(value)) for place, _, value in values if value is not None)
-        valid = _bitmap(tuple(name for _, name, value in values if value is not None))
-        window.write_pieces((*registers, infos, (BITMAP, valid)))
+        words, valid = ALL_RETURNED
+        window.write_words(words, rax, rcx, rdx, rbx, info_1, info_2)
     machine.emit(
         _record(GhcbReply, (vcpu.vcpu_id, code, info_1, info_2, rax or 0, rbx or 0, rcx or 0, rdx or 0, valid, data))
     )

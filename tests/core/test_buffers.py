@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from sevlab.core.buffers import CheckedBuffer, Fetch, RaceWrite, SharedBuffer, SharedFetches
+from sevlab.core.buffers import CheckedBuffer, Fetch, RaceWrite, SharedBuffer, SharedFetches, Words
 from sevlab.core.errors import InvariantViolation
 from sevlab.core.memory import TAG_HYPERVISOR, TAG_POISON, Memory, guest_tag
 
@@ -122,27 +122,42 @@ def test_a_window_shows_ciphertext_of_a_private_page(fetches):
     assert SharedBuffer(fetches, 0x3000, 4096, key, 1).read_uint(0, 1) == ord("p")
 
 
+@pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("spa", [0x3000, 0x3800])
-def test_pieces_are_written_as_single_writes_are(spa):
-    pieces = ((slice(0, 2), b"ab"), (slice(0x10, 0x14), b"cdef"), (slice(0xFF0, 0x1000), b"z" * 16))
+def test_words_are_written_as_single_writes_are(spa, uniform):
+    words = Words((0x20, 0, 8, 0xFF0), ((0x101, b"abc"), (0xFF8, b"z" * 8)))
+    numbers = (1, 2**64 - 1, 3, 4)
+    singly = [(0x20, 1), (0, 2**64 - 1), (8, 3), (0xFF0, 4)]
     contents = []
     for at_once in (True, False):
         memory = Memory(1 << 20)
         memory.write(0x3000, bytes(8192), None, guest_tag(0))
+        if not uniform:
+            memory.write(0x3004, b"other", None, guest_tag(1))
+        before = memory.read(0x3000, 8192, None), memory.tags(0x3000, 8192)
         memory.mark()
         window = SharedBuffer(SharedFetches(memory), spa, 4096, None, TAG_HYPERVISOR)
         if at_once:
-            window.write_pieces(pieces)
+            window.write_words(words, *numbers)
         else:
-            for place, data in pieces:
-                window.write(place.start, data)
+            for offset, value in singly:
+                window.write_uint(offset, 8, value)
+            window.write(0x101, b"abc")
+            window.write(0xFF8, b"z" * 8)
         contents.append((memory.read(0x3000, 8192, None), memory.tags(0x3000, 8192)))
         memory.reset()
-        assert memory.read(0x3000, 8192, None) == bytes(8192)
-    assert contents[0] == contents[1]
+        assert (memory.read(0x3000, 8192, None), memory.tags(0x3000, 8192)) == before
+    assert contents[0] == contents[1] != before
 
 
-@pytest.mark.parametrize("piece", [(slice(-1, 0), b"x"), (slice(4096, 4097), b"x"), (slice(8, 16), b"short")])
-def test_a_piece_outside_is_a_violation(shared, piece):
+@pytest.mark.parametrize("words", [Words((4096,)), Words((4089,)), Words((0,), ((4090, b"seven.."),))])
+def test_words_outside_are_a_violation_and_nothing_is_written(shared, words):
+    before = shared.read(0, 4096)
     with pytest.raises(InvariantViolation, match="buffer"):
-        shared.write_pieces((piece,))
+        shared.write_words(words, 7)
+    assert shared.read(0, 4096) == before
+
+
+def test_words_begin_in_the_window():
+    with pytest.raises(ValueError, match="before 0"):
+        Words((-8,))
