@@ -228,8 +228,11 @@ class SharedBuffer:
         if self._one_page:
             page = self._memory.pages.get(self._pfn)
             if page is not None and page.key is self.key:
+                if length_bytes == PAGE_BYTES:
+                    data = page.data
+                    return data if type(data) is bytes else bytes(data)
                 start = self._offset + offset
-                return bytes(page.data if length_bytes == PAGE_BYTES else page.data[start : start + length_bytes])
+                return bytes(page.data[start : start + length_bytes])
         return self._memory.read(self.spa + offset, length_bytes, self.key)
 
     def read_uint(self, offset: int, width_bytes: int) -> int:
@@ -258,7 +261,7 @@ class SharedBuffer:
             raise _overrun("shared write", offset, width_bytes, self.size)
         self._memory.write(self.spa + offset, value.to_bytes(width_bytes, "little"), self.key, self.tag)
 
-    def write_words(self, words: Words, *values: int) -> None:
+    def write_words(self, words: Words, *values: int | None) -> None:
         """Store the numbers at the places of `words`, and its fixed bytes, as `write` does each."""
         if words.end > self.size:
             raise _overrun("shared write", words.end, 0, self.size)
@@ -266,38 +269,44 @@ class SharedBuffer:
             image = bytearray(words.end)
             words.store(image, *values)
             for place in words.places:
-                self.write(place.start, image[place])
+                self.write(place.start, bytes(image[place]))
             return
         page = self._memory.writable(self._pfn, self.key)
         words.store(page.data, *values)
-        tags, tag = page.tags, self.tag
-        if tags is not None:
-            own = _uniform(tag)
+        tag = self.tag
+        if page.tags is not None:
+            tags, own = page.own_tags(), _uniform(tag)
             for place in words.places:
                 tags[place] = own[place]
         elif page.tag != tag:
-            page.tags = bytearray(_marked(words, page.tag, tag))
+            page.tags = _marked(words, page.tag, tag)
 
 
 class Words:
     """Places of 64-bit numbers and of fixed bytes in a window, made once so that all are written by one call.
 
-    `offsets` are those of the numbers, in the order in which they are given; `fixed` is (offset, bytes) of the rest.
-    Raises `ValueError` for a negative offset.
+    `offsets` are those of the numbers, in the order in which they are given (None: that one is not stored); `fixed` is
+    (offset, bytes) of the rest. Raises `ValueError` for a negative offset.
     """
 
     __slots__ = ("end", "places", "store")
 
-    def __init__(self, offsets: tuple[int, ...], fixed: tuple[tuple[int, bytes], ...] = ()) -> None:
+    def __init__(self, offsets: tuple[int | None, ...], fixed: tuple[tuple[int, bytes], ...] = ()) -> None:
         names = [f"value_{number}" for number in range(len(offsets))]
         lines = [f"def store(content{''.join(f', {name}' for name in names)}):"]
-        places, first = [], 0
-        for number, offset in enumerate(offsets):  # numbers that lie in a row take one call
-            if number + 1 == len(offsets) or offsets[number + 1] != offset + 8:
-                places.append(slice(offsets[first], offset + 8))
-                run = names[first : number + 1]
-                lines.append(f"    pack_{len(run)}(content, {offsets[first]}, {', '.join(run)})")
-                first = number + 1
+        places: list[slice] = []
+        runs: list[list[str]] = []
+        for name, offset in zip(names, offsets, strict=True):  # numbers that lie in a row take one call
+            if offset is None:
+                continue
+            if places and places[-1].stop == offset:
+                places[-1] = slice(places[-1].start, offset + 8)
+                runs[-1].append(name)
+            else:
+                places.append(slice(offset, offset + 8))
+                runs.append([name])
+        for place, run in zip(places, runs, strict=True):
+            lines.append(f"    pack_{len(run)}(content, {place.start}, {', '.join(run)})")
         for offset, data in fixed:
             places.append(slice(offset, offset + len(data)))
             lines.append(f"    content[{offset}:{offset + len(data)}] = {data!r}")

@@ -23,8 +23,10 @@ def make_snapshot(
 
     The class has a slot for each field, which hides the field's descriptor, so that a read is a plain slot read. A
     field whose valid bit is clear is left unset (0 where `or_zero` names it); `__getattr__`, which Python calls only
-    then, raises. The valid bits of `checked` are not looked at: the caller has.
+    then, raises. The valid bits of `checked` are not looked at: the caller has. A class with `__getattr__` reads every
+    attribute the slow way, so where no field can be left unset it has none.
     """
+    unsure = {info.name for info in infos if info.valid_bit and info.name not in checked}
     words: dict[int, FieldInfo] = {}
     for info in infos:
         words.setdefault(info.offset, info)
@@ -43,8 +45,8 @@ def make_snapshot(
     lines.append("    item.version = version")
     if items:
         lines.append(f"    {', '.join(items.values())}, = unpack(data, 0)")
-    if cls.VALID_BITMAP is not None and any(info.valid_bit and info.name not in checked for info in infos):
-        lines.append(f"    valid = int.from_bytes(data[{cls.VALID_BITMAP}:{cls.VALID_BITMAP + 16}], 'little')")
+    if unsure:
+        lines.append(f"    valid_0, valid_1 = unpack_valid(data, {cls.VALID_BITMAP})")
     for info in infos:
         source = items.get((info.offset, info.width_bytes)) if info.name not in alone else None
         if source is None:
@@ -56,8 +58,9 @@ def make_snapshot(
         store = f"item.{info.name} = {value}"
         if info.since is not None:
             store = f"item.{info.name} = {value} if version is None or version >= {info.since} else None"
-        if info.valid_bit and info.name not in checked:
-            lines.append(f"    if valid >> {info.offset // VALID_BIT_SPAN_BYTES} & 1: {store}")
+        if info.name in unsure:
+            word, bit = divmod(info.offset // VALID_BIT_SPAN_BYTES, 64)
+            lines.append(f"    if valid_{word} & {1 << bit:#x}: {store}")
             if info.name in or_zero:
                 lines.append(f"    else: item.{info.name} = 0")
         else:
@@ -70,7 +73,9 @@ def make_snapshot(
     open_class: Any = type(cls.__name__, (cls,), fields)
     body: dict[str, Any] = {"__slots__": (), "_is_snapshot": True, "FIELDS": chosen}
     body |= {name: property(_undeclared(cls, name)) for name in cls.FIELDS if name not in chosen}
-    body |= {"__setattr__": _immutable, "__delattr__": _immutable, "__getattr__": _unset, "__repr__": _repr}
+    body |= {"__setattr__": _immutable, "__delattr__": _immutable, "__repr__": _repr}
+    if not unsure <= or_zero:
+        body["__getattr__"] = _unset
     body |= {"__eq__": _equal, "__hash__": _hash, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     body |= {"raw": _raw, "is_valid": _snapshot_is_valid, "value_or_zero": _snapshot_value_or_zero}
     snapshot_class: Any = type(cls.__name__, (open_class,), body)
@@ -80,6 +85,7 @@ def make_snapshot(
         "snapshot_class": snapshot_class,
         "new": object.__new__,
         "unpack": Struct(pattern).unpack_from,
+        "unpack_valid": Struct("<QQ").unpack_from,
         "infos": chosen,
         "whole": _decode_alone,
     }

@@ -125,43 +125,47 @@ class Memory:
                     self.write(start, data[done : done + count], key, tag)
                 done += count
             return
-        page = self.writable(spa >> PAGE_SHIFT, key, keep=length != PAGE_BYTES)
-        page.data[offset : offset + length] = data
         if length == PAGE_BYTES:
+            page = self.writable(spa >> PAGE_SHIFT, key, keep=False)
+            if type(page.data) is memoryview:
+                page.data[:] = data  # it is lent, and its bytes stay where they are
+            else:
+                page.data = bytes(data)
             page.tag = tag
             page.tags = None
-        elif page.tags is not None:
-            page.tags[offset : offset + length] = bytes((tag,)) * length
-        elif page.tag != tag:
-            page.tags = bytearray((page.tag,)) * PAGE_BYTES
-            page.tags[offset : offset + length] = bytes((tag,)) * length
+            return
+        page = self.writable(spa >> PAGE_SHIFT, key)
+        page.data[offset : offset + length] = data  # type: ignore[index]  # writable
+        if page.tags is not None or page.tag != tag:
+            page.own_tags()[offset : offset + length] = bytes((tag,)) * length
 
     def writable(self, pfn: int, key: MemoryKey | None, *, keep: bool = True) -> Page:
         """Page `pfn` in the view of `key`, ready to be changed in place by the caller (who minds the tags).
 
-        `keep` False says that the caller overwrites all of it, so that no AES is needed to change the view.
+        `keep` False says that the caller gives it other `data`, so that no copy, and no AES to change the view, is
+        needed.
         """
         page = self.pages.get(pfn)
         epoch = self.epoch
-        if page is not None and page.epoch == epoch and page.key is key:
-            page.cipher = page.view = None
-            return page
         if page is not None and page.key is DEFERRED:
             page = self._settle(pfn, page)
-            if page.key is key:
+        if page is not None and page.key is key:
+            if page.epoch == epoch:
+                page.cipher = page.view = None
+                if keep and type(page.data) is bytes:
+                    page.data = bytearray(page.data)
                 return page
-        if page is None or page.epoch != epoch:
-            if page is not None and page.key is key and pfn in self.lent:
+            if pfn in self.lent:
                 self.touch(pfn)
                 page.cipher = page.view = None
                 return page
             if pfn not in self._saved:
                 self._saved[pfn] = page
-            if page is not None and page.key is key:
-                page = page.copy(epoch)
-                self.pages[pfn] = page
-                return page
-        fresh = Page(bytearray(self._view(page, pfn, key)) if keep else bytearray(PAGE_BYTES), key, epoch, TAG_POISON)
+            page = self.pages[pfn] = page.copy(epoch, keep=keep)
+            return page
+        if (page is None or page.epoch != epoch) and pfn not in self._saved:
+            self._saved[pfn] = page
+        fresh = Page(bytearray(self._view(page, pfn, key)) if keep else ZERO_PAGE, key, epoch)
         old_key = None
         if page is not None:
             fresh.tag = page.tag
@@ -204,7 +208,7 @@ class Memory:
                 page = self.writable(pfn, old)
             if pfn in self.lent:
                 self._recall(pfn)
-            assert isinstance(page.data, bytearray)  # only a lent page lies elsewhere
+            assert type(page.data) is not memoryview  # only a lent page lies elsewhere
             consume(page.data)
             page.key = new
             page.tag = tag
@@ -259,7 +263,7 @@ class Memory:
         defers again starts anew.
         """
         pfn = spa >> PAGE_SHIFT
-        page = Page(bytearray(), DEFERRED, self.epoch, tag)
+        page = Page(b"", DEFERRED, self.epoch, tag)
         page.source = (key, source)
         before = self.pages.get(pfn)
         if pfn in self.lent:
@@ -276,7 +280,7 @@ class Memory:
     def _settle(self, pfn: int, page: Page) -> Page:
         """Make the bytes of a deferred page, in a page of its own: a reset returns to the deferred one."""
         key, source = page.source  # type: ignore[misc]  # set together with the key
-        settled = Page(bytearray(source()), key, self.epoch, page.tag)
+        settled = Page(source(), key, self.epoch, page.tag)
         if pfn not in self._saved:
             self._saved[pfn] = page
         self.pages[pfn] = settled
@@ -307,7 +311,7 @@ class Memory:
         page = self.pages[pfn]
         if page.epoch != self.epoch:
             if pfn not in self._saved:
-                self._saved[pfn] = page.copy(page.epoch)
+                self._saved[pfn] = page.copy(page.epoch, keep=True)
             page.epoch = self.epoch
 
     def touched(self, pfn: int) -> bool:
@@ -361,10 +365,8 @@ class Memory:
             self.write(start, data[done : done + count], key, piece[0])
             page = self.pages.get(start >> PAGE_SHIFT)
             if page is not None and piece.count(piece[0]) != count:
-                if page.tags is None:
-                    page.tags = bytearray((page.tag,)) * PAGE_BYTES
                 offset = start & PAGE_MASK
-                page.tags[offset : offset + count] = piece
+                page.own_tags()[offset : offset + count] = piece
             done += count
 
     # Caches: done at once here, modelled by `core.caches` -----------------------------------------------------
@@ -449,7 +451,7 @@ class Memory:
     def capture(self) -> MemoryImage:
         """Explicit data of all pages and keys; a deferred page stays so: to be captured is not to be looked at."""
         made = {
-            pfn: Page(bytearray(page.source[1]()), page.source[0], page.epoch, page.tag)
+            pfn: Page(page.source[1](), page.source[0], page.epoch, page.tag)
             for pfn, page in list(self.pages.items())
             if page.source is not None
         }
@@ -481,8 +483,8 @@ class Memory:
             self._saved.setdefault(pfn, self.pages.pop(pfn))
         for pfn, (owner, data, tags) in image.pages:
             self._saved.setdefault(pfn, self.pages.get(pfn))
-            page = Page(bytearray(data), None if owner is None else self._keys[owner], self.epoch, tags[0])
-            page.tags = bytearray(tags) if len(tags) > 1 else None
+            page = Page(data, None if owner is None else self._keys[owner], self.epoch, tags[0])
+            page.tags = tags if len(tags) > 1 else None
             self.pages[pfn] = page
 
 

@@ -1,11 +1,15 @@
-"""One page of DRAM: its bytes, the key they are plaintext under, whose they are. `core.memory` has the rules."""
+"""One page of memory: its bytes, the key they are plaintext under, and whose data they are.
+
+`core.memory` says how pages behave; this is what they hold, and what a snapshot keeps of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sevlab.core.crypto import MemoryKey
+from sevlab.core.crypto import ZERO_PAGE, MemoryKey
+from sevlab.core.units import PAGE_BYTES
 
 
 class Page:
@@ -13,12 +17,13 @@ class Page:
 
     __slots__ = ("cipher", "data", "epoch", "key", "mixed", "source", "tag", "tags", "view", "view_key")
 
-    def __init__(self, data: bytearray, key: MemoryKey | None, epoch: int, tag: int) -> None:
-        self.data: bytearray | memoryview = data
+    def __init__(self, data: bytes | bytearray, key: MemoryKey | None, epoch: int, tag: int = 0) -> None:
+        self.data: bytes | bytearray | memoryview = data
+        """`bytes` when the last write gave all of it: nothing is copied until somebody changes a part."""
         self.key = key
         self.epoch = epoch
         self.tag = tag
-        self.tags: bytearray | None = None
+        self.tags: bytes | bytearray | None = None
         self.mixed = False  # written under more than one key: some is ciphertext to the last writer
         self.cipher: bytes | None = None
         self.view: bytes | None = None
@@ -26,16 +31,23 @@ class Page:
         self.source: tuple[MemoryKey | None, Callable[[], bytes]] | None = None
         """Of a deferred page: the key its bytes will be under, and who makes them."""
 
-    def copy(self, epoch: int) -> Page:
-        """A writable copy for sequence `epoch`."""
+    def copy(self, epoch: int, *, keep: bool) -> Page:
+        """A writable copy for sequence `epoch`; without `keep` the caller gives it its data."""
         page = Page.__new__(Page)
-        page.data = bytearray(self.data)
+        page.data = bytearray(self.data) if keep else ZERO_PAGE
         page.key = self.key
         page.epoch = epoch
         page.tag, page.mixed = self.tag, self.mixed
         page.tags = None if self.tags is None else self.tags[:]
         page.cipher = page.view = page.view_key = page.source = None
         return page
+
+    def own_tags(self) -> bytearray:
+        """The tag of each byte, to be changed in place."""
+        tags = self.tags
+        if type(tags) is not bytearray:
+            tags = self.tags = bytearray((self.tag,)) * PAGE_BYTES if tags is None else bytearray(tags)
+        return tags
 
 
 class _NobodysKey(MemoryKey):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,9 @@ _AT = {name: info.offset for name, info in Ghcb.FIELDS.items()}
 _U64 = Struct("<Q")
 CODE_AT = _AT["sw_exit_code"]
 _HEAD = Struct(
-    f"<Q{_AT['valid_bitmap'] - CODE_AT - 8}x16s{_AT['protocol_version'] - _AT['valid_bitmap'] - 16}xHI"
+    f"<Q{_AT['valid_bitmap'] - CODE_AT - 8}xQQ{_AT['protocol_version'] - _AT['valid_bitmap'] - 16}xHI"
 ).unpack_from
-"""The exit code, the bitmap, the protocol version and the usage."""
+"""The exit code, the halves of the bitmap, the protocol version and the usage."""
 _record = tuple.__new__
 """Makes a NamedTuple from its values without the keyword machinery: half the time, at every reply."""
 
@@ -84,16 +85,22 @@ def compile_event(event: NaeEvent, version_max: int) -> Compiled:
     return Compiled(event, event.handler, required, decode, needs, event.scratch, plain)
 
 
-@cache
-def _answer(registers: tuple[str, ...]) -> tuple[Words, bytes]:
-    """Where a reply puts these registers, SW_EXITINFO1 and 2, and the bitmap that it leaves; the bitmap."""
-    names = (*registers, "sw_exit_info_1", "sw_exit_info_2")
-    valid = valid_mask(*names).to_bytes(16, "little")
-    return Words(tuple(_AT[name] for name in names), ((_AT["valid_bitmap"], valid),)), valid
-
-
 RETURNABLE = ("rax", "rcx", "rdx", "rbx")
-NOTHING_RETURNED, ALL_RETURNED = _answer(()), _answer(RETURNABLE)
+
+
+@cache
+def _answer(given: tuple[bool, ...], more: tuple[str, ...]) -> tuple[Words, bytes]:
+    """Where a reply puts those of `RETURNABLE` that are given, `more` and SW_EXITINFO1 and 2, and the bitmap that it
+    leaves; the bitmap.
+    """
+    slots = [*((name, yes) for name, yes in zip(RETURNABLE, given, strict=True)), *((name, True) for name in more)]
+    slots += [("sw_exit_info_1", True), ("sw_exit_info_2", True)]
+    valid = valid_mask(*(name for name, yes in slots if yes)).to_bytes(16, "little")
+    return Words(tuple(_AT[name] if yes else None for name, yes in slots), ((_AT["valid_bitmap"], valid),)), valid
+
+
+ANSWERS = {given: _answer(given, ()) for given in product((False, True), repeat=len(RETURNABLE))}
+"""By which of `RETURNABLE` a reply gives."""
 
 
 def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, reply: Reply, data: bytes) -> None:
@@ -102,16 +109,12 @@ def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, r
     Source: 56421, section 4; Linux arch/x86/kvm/svm/sev.c (sev_es_sync_to_ghcb).
     """
     info_1, info_2, rax, rbx, rcx, rdx, more = reply
-    if rax is rbx is rcx is rdx is None and not more:
-        words, valid = NOTHING_RETURNED
-        window.write_words(words, info_1, info_2)
-    elif more or rax is None or rbx is None or rcx is None or rdx is None:
-        given = [*zip(RETURNABLE, (rax, rcx, rdx, rbx), strict=True), *more]
-        named = [(name, value) for name, value in given if value is not None]
-        words, valid = _answer(tuple(name for name, _ in named))
-        window.write_words(words, *(value for _, value in named), info_1, info_2)
+    given = rax is not None, rcx is not None, rdx is not None, rbx is not None
+    if more:
+        words, valid = _answer(given, tuple(name for name, _ in more))
+        window.write_words(words, rax, rcx, rdx, rbx, *(value for _, value in more), info_1, info_2)
     else:
-        words, valid = ALL_RETURNED
+        words, valid = ANSWERS[given]
         window.write_words(words, rax, rcx, rdx, rbx, info_1, info_2)
     machine.emit(
         _record(GhcbReply, (vcpu.vcpu_id, code, info_1, info_2, rax or 0, rbx or 0, rcx or 0, rdx or 0, valid, data))
@@ -206,8 +209,8 @@ class Dispatcher:
                 machine.hypervisor.stop(machine, vcpu.vm_id, "VMGEXIT with a GHCB that is not registered")
             return
         page = window.read(0, PAGE_BYTES)
-        code, bitmap, version, usage = _HEAD(page, CODE_AT)
-        valid = int.from_bytes(bitmap, "little")
+        code, valid_low, valid_high, version, usage = _HEAD(page, CODE_AT)
+        valid = valid_high << 64 | valid_low
         if usage and self._hyperv and usage == Usage.HYPERV_HYPERCALL:
             hypercall(machine, vcpu, window, page)
             return
