@@ -23,7 +23,7 @@ from sevlab.core.memory import TAG_ASP, TAG_DEVICE, TAG_HYPERVISOR, TAG_PUBLIC, 
 from sevlab.core.nested import NestedFault, NestedTables, NestedTranslation, nested_walk
 from sevlab.core.paging import NonCanonical, PageFault, WalkAccess, paging_context, walk
 from sevlab.core.svm import ExitCode, NpfError, Vector
-from sevlab.core.units import HOST_ASID, MASK64, PAGE_BYTES, PAGE_MASK
+from sevlab.core.units import HOST_ASID, MASK64, PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 
 if TYPE_CHECKING:
     from sevlab.core.hypervisor import Vm
@@ -105,6 +105,25 @@ class Place(NamedTuple):
     tag: int
 
 
+class Mapped(NamedTuple):
+    """A nested translation as the access paths use it: `large` is the `LARGE` bit or 0, `refused` the bits of a kind
+    that the mapping does not allow.
+    """
+
+    spa: int
+    large: int
+    refused: int
+    host_c_bit: bool
+    translation: NestedTranslation
+
+    @classmethod
+    def of(cls, found: NestedTranslation) -> Mapped:
+        """What `found` allows."""
+        refused = (0 if found.writable else _WRITE) | (_FETCH if found.no_execute else 0)
+        large = _LARGE if found.page_bytes > PAGE_BYTES else 0
+        return cls(found.spa, large, refused, found.host_c_bit, found)
+
+
 class Path(NamedTuple):
     """A party's read (address, byte count) and write (address, data)."""
 
@@ -135,7 +154,10 @@ class Access:
         self._check = machine.slots.access_check
         self._key_of = machine.slots.key_of
         self._host_c_bit = 1 << machine.config.part.c_bit
-        self._nested: dict[tuple[int, int], NestedTranslation] = {}
+        self._nested: dict[tuple[int, int], Mapped] = {}
+        self._kept: dict[tuple[int, int], tuple[Mapped, set[int]]] = {}
+        """Translations of the marked state with the frames of their tables: good while none of these is written."""
+        self._walked: set[int] = set()
         self.changes = 0
         """How often nested tables changed: who keeps a translation of its own compares."""
         self._tables: dict[int, NestedTables] = {}
@@ -143,12 +165,20 @@ class Access:
         """Of the engine that executes a guest of this machine; asked first."""
 
     def forget(self) -> None:
-        """Drop cached nested translations: after a change of nested tables, and at a reset."""
+        """Drop cached nested translations: after a change of nested tables, and at a reset.
+
+        The next access finds what the tables hold then.
+        """
         self.changes += 1
         self._nested.clear()
         self._tables.clear()
         if self.walker is not None:
             self.walker.forget()
+
+    def mark(self) -> None:
+        """The present tables are those that a reset returns to; as after a reset, nothing is cached."""
+        self._kept.clear()
+        self.forget()
 
     def key_of(self, asid: int, *, c_bit: bool) -> MemoryKey | None:
         """The key of an access with `asid` and effective C-bit; None: plaintext."""
@@ -185,6 +215,7 @@ class Access:
         return self._machine.hypervisor.allocate_pages(1)
 
     def _read_table(self, spa: int) -> int:
+        self._walked.add(spa >> PAGE_SHIFT)
         return int.from_bytes(self._memory.read(spa, 8, None), "little")
 
     def _write_table(self, spa: int, value: int) -> None:
@@ -197,15 +228,27 @@ class Access:
 
         Raises `FaultUnwind` with vector 400h and the #NPF error code; `phase` is its bit 32 or 33.
         """
+        return self._mapped(vcpu, gpa, int(kind), phase).translation
+
+    def _mapped(self, vcpu: Vcpu, gpa: int, kind: int, phase: int) -> Mapped:
+        """What `nested` says, kept until the tables change.
+
+        A translation outlives a reset: at its first use afterwards none of its tables has been written since the mark,
+        or they are walked again, so that it is what a walk would find.
+        """
         vmcb = vcpu.vmcb
         if not vmcb.encryption_control & CONTROL_NESTED_PAGING:
-            return NestedTranslation(gpa, PAGE_BYTES, writable=True, no_execute=False, host_c_bit=False)
-        if type(kind) is not int:
-            kind = int(kind)
+            page_gpa = gpa & -PAGE_BYTES
+            return Mapped.of(NestedTranslation(page_gpa, PAGE_BYTES, writable=True, no_execute=False, host_c_bit=False))
         page = (vmcb.nested_cr3, gpa & -PAGE_BYTES)
         known = self._nested.get(page)
-        if known is not None and (known.writable or not kind & _WRITE) and not (known.no_execute and kind & _FETCH):
+        if known is not None and not kind & known.refused:
             return known
+        kept = self._kept.get(page)
+        if kept is not None and not kind & kept[0].refused and self._memory.unwritten(kept[1]):
+            self._nested[page] = kept[0]
+            return kept[0]
+        self._walked.clear()
         access = (_WALK_WRITE if kind & _WRITE else 0) | (_WALK_FETCH if kind & _FETCH else 0)
         found = nested_walk(
             vmcb.nested_cr3,
@@ -217,8 +260,10 @@ class Access:
         )
         if isinstance(found, NestedFault):
             raise FaultUnwind(Fault(ExitCode.NPF, found.error_code, gpa))
-        self._nested[page] = found
-        return found
+        mapped = self._nested[page] = Mapped.of(found)
+        if self._memory.unwritten(self._walked):
+            self._kept[page] = mapped, set(self._walked)
+        return mapped
 
     def _private(self, vcpu: Vcpu) -> bool:
         return self._machine.hypervisor.vms[vcpu.vm_id].c_bit_mask != 0
@@ -231,16 +276,19 @@ class Access:
         """
         if type(kind) is not int:
             kind = int(kind)
-        page_spa, page_bytes, _, _, host_c_bit = self.nested(vcpu, gpa, kind, phase)
+        vmcb = vcpu.vmcb
+        mapped = self._nested.get((vmcb.nested_cr3, gpa & -PAGE_BYTES))
+        if mapped is None or kind & mapped.refused or not vmcb.encryption_control & CONTROL_NESTED_PAGING:
+            mapped = self._mapped(vcpu, gpa, kind, phase)
+        page_spa, large, _, host_c_bit, _ = mapped
         spa = page_spa + (gpa & PAGE_MASK)
-        if page_bytes > PAGE_BYTES:
-            kind |= _LARGE
+        kind |= large
         if self._check is not None:
             fault = self._check(vcpu, spa, gpa, kind)
             if fault is not None:
                 raise FaultUnwind(fault)
         if kind & _PRIVATE:
-            return Place(spa, self.key_of(vcpu.asid, c_bit=True), vcpu.tag)
+            return _record(Place, (spa, self.key_of(vmcb.guest_asid, c_bit=True), vcpu.tag))
         key = self.key_of(HOST_ASID, c_bit=True) if host_c_bit else None
         return _record(Place, (spa, key, TAG_PUBLIC))
 
@@ -360,7 +408,7 @@ class Access:
         if known is not None and vmcb.encryption_control & CONTROL_NESTED_PAGING:
             return known.spa + (gpa & PAGE_MASK)
         try:
-            return self.nested(vcpu, gpa, _READ, 0).spa + (gpa & PAGE_MASK)
+            return self._mapped(vcpu, gpa, _READ, 0).spa + (gpa & PAGE_MASK)
         except FaultUnwind:
             return None
 

@@ -108,6 +108,10 @@ class CachedMemory(Memory):
                 for start, count in _runs(line.tags):
                     super().write((number << 6) + start, line.data[start : start + count], key, line.tags[start])
 
+    def unwritten(self, pfns: set[int]) -> bool:
+        """Never known: a line that was written and dropped leaves no trace."""
+        return False
+
     def write_back_all(self) -> None:
         """WBINVD: every dirty line to DRAM, in the order in which they entered the cache; the cache is empty then."""
         self._evict(list(self._lines))

@@ -238,12 +238,12 @@ def intercepted(machine: Machine, vcpu: Vcpu, exit_code: int, exit_info_1: int) 
     vmcb = vcpu.vmcb
     if not vmcb.intercepts >> exit_code & 1:
         return False
-    if exit_code == ExitCode.IOIO:
+    if exit_code == IOIO:
         port = exit_info_1 >> 16 & 0xFFFF
         width_bytes = exit_info_1 >> 4 & 7
         bits = int.from_bytes(machine.memory.read(vmcb.iopm_base_pa + (port >> 3), 2, None), "little")
         return bits >> (port & 7) & ((1 << width_bytes) - 1) != 0
-    if exit_code == ExitCode.MSR:
+    if exit_code == MSR:
         bit = msr_permission_bit(vcpu.regs.rcx & 0xFFFF_FFFF)
         if bit is None:
             return True
@@ -251,6 +251,8 @@ def intercepted(machine: Machine, vcpu: Vcpu, exit_code: int, exit_info_1: int) 
         return bool(machine.memory.read(vmcb.msrpm_base_pa + (bit >> 3), 1, None)[0] >> (bit & 7) & 1)
     return True
 
+
+IOIO, MSR = int(ExitCode.IOIO), int(ExitCode.MSR)
 
 MSRPM_RANGES = ((0x0000_0000, 0x000), (0xC000_0000, 0x800), (0xC001_0000, 0x1000))
 """First register and byte offset of each 8192-register range. Source: spec 24593, 15.11."""
@@ -273,10 +275,11 @@ def leave_guest(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     if vcpu.stopped:
         machine.emit(Refused(f"vCPU {vcpu.vcpu_id} has stopped"))
         return
-    if exit_.exit_code < ALWAYS_EXITS and not intercepted(machine, vcpu, exit_.exit_code, exit_.exit_info_1):
-        native = machine.tables.native.get(exit_.exit_code)
+    code = exit_.exit_code
+    if code < ALWAYS_EXITS and not intercepted(machine, vcpu, code, exit_.exit_info_1):
+        native = machine.tables.native.get(code)
         if native is None:
-            machine.emit(NotIntercepted(exit_.vcpu, exit_.exit_code))
+            machine.emit(NotIntercepted(exit_.vcpu, code))
         else:
             native(machine, vcpu, exit_)
         return
@@ -293,9 +296,10 @@ def leave_guest(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
 def vmexit(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     """#VMEXIT: the VMCB tells the hypervisor what happened. Source: spec 24593, 15.6."""
     vmcb = vcpu.vmcb
-    _, vmcb.exit_code, vmcb.exit_info_1, vmcb.exit_info_2, insn, vmcb.next_rip = exit_
-    vmcb.insn_bytes = insn[:INSN_BYTES_MAX]
-    machine.emit(_record(VmExit, exit_[:4]))
+    number, code, info_1, info_2, insn, vmcb.next_rip = exit_
+    vmcb.exit_code, vmcb.exit_info_1, vmcb.exit_info_2 = code, info_1, info_2
+    vmcb.insn_bytes = insn[:INSN_BYTES_MAX] if insn else insn
+    machine.emit(_record(VmExit, (number, code, info_1, info_2)))
 
 
 EFER_SVME = 1 << 12
@@ -344,19 +348,20 @@ def vmrun(machine: Machine, vcpu: Vcpu) -> bool:
 
     A failed entry is a #VMEXIT with code INVALID and changes nothing in the guest. Source: spec 24593, 15.5.1.
     """
-    vmcb = vcpu.vmcb
-    failure: int | None = ExitCode.INVALID if illegal_state(vcpu) else None
-    check = machine.slots.vmrun_enter
-    if failure is None and check is not None:
-        failure = check(machine, vcpu)
+    vmcb, slots = vcpu.vmcb, machine.slots
+    failure: int | None
+    if illegal_state(vcpu):
+        failure = ExitCode.INVALID
+    else:
+        failure = None if slots.vmrun_enter is None else slots.vmrun_enter(machine, vcpu)
     if failure is not None:
         vmexit(machine, vcpu, CpuExit(vcpu.vcpu_id, failure, 0, 0, b"", 0))
         return False
     word = vmcb.event_inj
     if word & EVENT_VALID:
         vmcb.event_inj = 0
-        if machine.slots.inject_filter is not None:
-            word = machine.slots.inject_filter(machine, vcpu, word)
+        if slots.inject_filter is not None:
+            word = slots.inject_filter(machine, vcpu, word)
         if word:
             machine.emit(Injected(vcpu.vcpu_id, word))
     machine.emit(_record(Resumed, (vcpu.vcpu_id, vcpu.regs.rip)))

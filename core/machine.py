@@ -145,6 +145,7 @@ class Machine:
         """Make the present state what `reset` returns to; `keep_lent`: an engine goes on executing on its pages."""
         self._journal.mark(self._roots())
         self.memory.mark(keep_lent=keep_lent)
+        self.access.mark()
 
     def reset(self, *, forget: bool = True) -> None:
         """Return to the marked state, with an empty sink; costs only what changed since.

@@ -393,6 +393,10 @@ class Memory:
             return before is not page
         return page.key is not before.key or page.data != before.data
 
+    def unwritten(self, pfns: set[int]) -> bool:
+        """Whether none of these pages can have been written since the mark."""
+        return pfns.isdisjoint(self._saved)
+
     def mark(self, *, keep_lent: bool = False) -> None:
         """Make the present content what `reset` returns to; `keep_lent`: an engine goes on executing on its pages."""
         self._stay_lent = keep_lent

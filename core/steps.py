@@ -66,8 +66,9 @@ def deliver_fault(machine: Machine, vcpu: Vcpu | None, fault: ev.Fault) -> None:
 
 def cpu_exit(machine: Machine, step: ev.CpuExit) -> None:
     """A guest does something that may be intercepted."""
-    vcpu = _vcpu(machine, step.vcpu)
+    vcpu = machine.vcpus.get(step.vcpu)
     if vcpu is None:
+        machine.emit(ev.Refused(f"there is no vCPU {step.vcpu}"))
         return
     try:
         leave_guest(machine, vcpu, step)

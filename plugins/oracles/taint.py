@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.memory import guest_tag
-from sevlab.core.pages import Page
 from sevlab.core.oracle import Finding
+from sevlab.core.pages import Page
 from sevlab.core.vocabulary import Outcome, Record
 
 if TYPE_CHECKING:

@@ -44,17 +44,18 @@ AUTOMATIC = frozenset(
 )
 """Automatic exits apart from nested page faults. UNVERIFIED: bus lock, idle HLT, and the two of AVIC."""
 
-NPF_MMIO = NpfError.RSVD.value
-NOT_VALIDATED = ExitCode.PAGE_NOT_VALIDATED
+NPF, NPF_MMIO, NOT_VALIDATED = int(ExitCode.NPF), int(NpfError.RSVD), int(ExitCode.PAGE_NOT_VALIDATED)
+_AE, _NAE, _VC_ONLY = ExitClass
+"""A look at an enumeration's member costs more than the rest of the question, at every exit."""
 
 
 def exit_class(exit_code: int, exit_info_1: int = 0) -> ExitClass:
     """The class of an exit; a nested page fault is reflected only when a reserved bit made it: that is MMIO."""
     if exit_code in AUTOMATIC:
-        return ExitClass.AE
-    if exit_code == ExitCode.NPF:
-        return ExitClass.NAE if exit_info_1 & NPF_MMIO else ExitClass.AE
-    return ExitClass.VC_ONLY if exit_code == NOT_VALIDATED else ExitClass.NAE
+        return _AE
+    if exit_code == NPF:
+        return _NAE if exit_info_1 & NPF_MMIO else _AE
+    return _VC_ONLY if exit_code == NOT_VALIDATED else _NAE
 
 
 def markdown_table() -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sevlab.core.machine import Machine
 
     VmrunEnter = Callable[[Machine, Vcpu], int | None]
+    HandleVc = Callable[[Machine, Vcpu, CpuExit], None]
 
 RFLAGS_IF = 1 << 9
 GUEST_IF = 1 << 1
@@ -40,6 +41,9 @@ CPUID_ENCRYPTION, CPUID_SEV_ES = 0x8000_001F, 1 << 3
 SEV_ES_ACTIVE = 1 << 1
 VMGEXIT_BYTES = b"\xf3\x0f\x01\xd9"
 VMGEXIT = int(ExitCode.VMGEXIT)
+BEHIND = frozenset((int(ExitCode.HLT), int(ExitCode.PAUSE)))
+"""Automatic exits by an instruction."""
+AUTOMATIC = ExitClass.AE
 _exit = tuple.__new__
 """Makes an exit from its values without the keyword machinery."""
 WRITE = 1
@@ -54,15 +58,10 @@ def encrypted(vcpu: Vcpu) -> bool:
 # Leaving the guest ------------------------------------------------------------------------------------------------
 
 
-class Exits:
+def make_vmrun_exit(handle_vc: HandleVc | None) -> Callable[[Machine, Vcpu, CpuExit], CpuExit | None]:
     """The slot `vmrun_exit`, with the guest's #VC handler if the model runs one."""
 
-    __slots__ = ("handle_vc",)
-
-    def __init__(self, handle_vc: Callable[[Machine, Vcpu, CpuExit], None] | None) -> None:
-        self.handle_vc = handle_vc
-
-    def __call__(self, machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> CpuExit | None:
+    def vmrun_exit(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> CpuExit | None:
         """What the hypervisor sees of an exit: an automatic one without bytes and next RIP; else nothing, and #VC.
 
         RIP of an automatic exit by an instruction already points behind it. Source: 24593, 15.35.4; Linux
@@ -74,19 +73,22 @@ class Exits:
         interrupts = GUEST_IF if vcpu.regs.rflags & RFLAGS_IF else 0
         if vmcb.interrupt_state & GUEST_IF != interrupts:
             vmcb.interrupt_state = vmcb.interrupt_state & ~GUEST_IF | interrupts
-        code = exit_.exit_code
-        if code == VMGEXIT:
+        number, code, info_1, info_2, insn, next_rip = exit_
+        if code != VMGEXIT:
+            if exit_class(code, info_1) is not AUTOMATIC:
+                machine.emit(VcDelivered(vcpu.vcpu_id, code & 0xFFFF_FFFF))
+                if handle_vc is not None:
+                    handle_vc(machine, vcpu, exit_)
+                return None
+            if code in BEHIND:
+                vcpu.regs.rip = next_rip or vcpu.regs.rip + len(insn) & MASK64
+            if insn or next_rip:
+                exit_ = _exit(CpuExit, (number, code, info_1, info_2, b"", 0))
+        if not machine.memory.deferred(vmcb.vmsa_pa):
             _store_at_exit(machine, vcpu)
-            return exit_
-        if exit_class(code, exit_.exit_info_1) is ExitClass.AE:
-            if code in (ExitCode.HLT, ExitCode.PAUSE):
-                vcpu.regs.rip = exit_.next_rip or vcpu.regs.rip + len(exit_.insn) & MASK64
-            _store_at_exit(machine, vcpu)
-            return _exit(CpuExit, (*exit_[:4], b"", 0))
-        machine.emit(VcDelivered(vcpu.vcpu_id, code & 0xFFFF_FFFF))
-        if self.handle_vc is not None:
-            self.handle_vc(machine, vcpu, exit_)
-        return None
+        return exit_
+
+    return vmrun_exit
 
 
 # Entering the guest -----------------------------------------------------------------------------------------------
@@ -150,9 +152,9 @@ def enter_encrypted(machine: Machine, vcpu: Vcpu, trusted: Callable[[bytes], boo
 
 
 def _store_at_exit(machine: Machine, vcpu: Vcpu) -> None:
-    """#VMEXIT stores the state. A page that nobody looked at is as good as stored; a snapshot is such a look."""
+    """#VMEXIT stores the state, unless the page was not looked at since: then it is as good as stored."""
     spa = vcpu.vmcb.vmsa_pa
-    if machine.memory.deferred(spa) or sev_es_state(machine).loaded.get(vcpu.vcpu_id) != (spa, vcpu.asid):
+    if sev_es_state(machine).loaded.get(vcpu.vcpu_id) != (spa, vcpu.asid):
         return
     key = machine.access.key_of(vcpu.asid, c_bit=True)
     page = machine.memory.read(spa, PAGE_BYTES, key)
@@ -233,11 +235,11 @@ def make_sev_status(before: Msr) -> Msr:
     return Msr(read, before.write)
 
 
-def register(builder: PluginBuilder, handle_vc: Callable[[Machine, Vcpu, CpuExit], None] | None) -> None:
+def register(builder: PluginBuilder, handle_vc: HandleVc | None) -> None:
     """Take the processor's slots and the step."""
     builder.cpuid_bits(CPUID_ENCRYPTION, eax=CPUID_SEV_ES)
     builder.guest_msrs.replace(MSR_SEV_STATUS, make_sev_status)
-    builder.slot("vmrun_exit", Exits(handle_vc))
+    builder.slot("vmrun_exit", make_vmrun_exit(handle_vc))
     builder.replace_slot("vmrun_enter", make_vmrun_enter)
     builder.slot("inject_filter", inject_filter)
     builder.steps.add(Vmgexit, vmgexit_step)

@@ -130,7 +130,9 @@ class RmpCheck:
         here in one look at the entry; whatever is not exactly so goes to the whole rule.
         Source: 24593, 15.36.10.
         """
-        if kind & _SMALL_PRIVATE == _PRIVATE and self._sme.syscfg & SNP_EN and not gpa >> ASID_SHIFT:
+        if not self._sme.syscfg & SNP_EN:
+            return None
+        if kind & _SMALL_PRIVATE == _PRIVATE and not gpa >> ASID_SHIFT:
             state = self._snp
             address = (spa >> PAGE_SHIFT) * ENTRY_BYTES + state.rmp_base + BOOKKEEPING_BYTES
             page = self._pages.get(address >> PAGE_SHIFT)
@@ -149,8 +151,6 @@ class RmpCheck:
 
     def _whole(self, actor: Actor, spa: int, gpa: int, kind: int) -> Fault | None:
         """The rule for every access; `check` without its short way."""
-        if not self._sme.syscfg & SNP_EN:
-            return None
         state = self._snp
         if gpa == GPA_NONE:
             if not kind & _WRITE:

@@ -123,6 +123,28 @@ def test_steps_reset():
     )
 
 
+@pytest.mark.parametrize("caches", [False, True])
+def test_a_reset_forgets_what_came_from_a_changed_nested_table(caches):
+    machine = make_machine("sme", guests=2, caches=caches)
+    roots = [vm.npt_root for vm in machine.hypervisor.vms.values()]
+    vcpu = machine.vcpus[0]
+    mine, other = (machine.access.translate_gpa(machine.vcpus[n], 0x5000) for n in (0, 1))
+    assert mine != other
+    machine.mark()
+    entry = machine.access.hypervisor_read(roots[1], 8)
+    for _ in range(2):  # the second time with translations of the marked tables at hand
+        machine.apply(ev.MemoryWrite(ev.Party.HYPERVISOR, 0, ev.Space.SPA, roots[0], False, entry))
+        assert machine.access.translate_gpa(vcpu, 0x5000) == other
+        machine.apply(ev.CacheOp("invd", 0))
+        machine.reset()
+        assert machine.access.translate_gpa(vcpu, 0x5000) == mine
+        machine.apply(ev.NptEdit(0, 0x5000, 0, PAGE_BYTES, ev.MapFlag.UNMAP))
+        assert machine.access.translate_gpa(vcpu, 0x5000) is None
+        machine.reset()
+        assert machine.access.translate_gpa(vcpu, 0x5000) == mine
+        machine.reset()
+
+
 class Broken:
     """A step handler that breaks a rule, put into a machine's table."""
 

@@ -4,6 +4,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
+from sevlab.core.buffers import SharedBuffer, SharedFetches, Words
 from sevlab.core.caches import CachedMemory
 from sevlab.core.crypto import MemoryKey
 from sevlab.core.errors import ConfigError
@@ -282,3 +283,50 @@ def test_handing_over_is_reading_with_one_key_and_writing_with_the_other(caches,
     if marked:
         memory.reset()
         assert memory.capture() == before
+
+
+def store(memory: Memory, spa: int, data: bytearray, tag: int, *, by_words: bool) -> None:
+    if by_words and len(data) >= 8 and spa + len(data) <= memory.size_bytes:
+        page = spa & -4096
+        words = Words((None, spa & 4095), ((min(4095, (spa & 4095) + 8), b""),))
+        if (spa & 4095) + 8 <= 4096:
+            del data[8:]
+            window = SharedBuffer(SharedFetches(memory), page, 4096, None, tag)
+            window.write_words(words, None, int.from_bytes(data, "little"))
+            return
+    memory.write(spa, data, None, tag)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.sampled_from((0, 4096)), st.integers(0, 2 * 4096)),
+            st.one_of(st.just(4096), st.integers(0, 4096)),
+            st.integers(0, 255),
+            st.integers(1, 3),
+            st.booleans(),
+        ),
+        max_size=8,
+    ),
+    st.integers(0, 8),
+)
+def test_whole_pages_and_parts_are_stored_as_in_a_plain_array(writes, marked_after):
+    """A page given whole is not copied until a part of it changes; neither bytes nor tags may show it."""
+    memory = Memory(2 * 4096)
+    content, owners, images = bytearray(2 * 4096), bytearray(2 * 4096), []
+    marked = (bytes(content), bytes(owners))
+    for number, (spa, length, fill, tag, by_words) in enumerate(writes):
+        data = bytearray((fill,)) * length
+        store(memory, spa, data, tag, by_words=by_words)
+        inside = min(len(data), max(0, 2 * 4096 - spa))
+        content[spa : spa + inside] = data[:inside]
+        owners[spa : spa + inside] = bytes((tag,)) * inside
+        data[:] = bytes(len(data))  # the giver goes on with his buffer
+        images.append((memory.read(0, 4096, None), bytes(content[:4096])))
+        assert (memory.read(0, 2 * 4096, None), memory.tags(0, 2 * 4096)) == (content, owners)
+        if number == marked_after:
+            memory.mark()
+            marked = (bytes(content), bytes(owners))
+    assert all(read == then for read, then in images)  # what was read whole does not change later
+    memory.reset()
+    assert (memory.read(0, 2 * 4096, None), memory.tags(0, 2 * 4096)) == marked

@@ -33,7 +33,8 @@ class Devices(Stateful):
     lapics: StateDict[int, lapic.Lapic] = new(StateDict)
     """By vCPU id."""
     boot_vcpu: int = 0
-    rtc_line: bool = False
+    rtc_line: int = 0
+    """Bit IRQ of the RTC's status C as the interrupt line shows it."""
 
     def set_irq(self, machine: Machine, irq: int, *, level: bool) -> None:
         """Interrupt line `irq` (0 to 15) has this level, at the PICs and at the I/O APIC."""
@@ -64,9 +65,9 @@ class Devices(Stateful):
         clock = self.rtc
         if clock.seen != tsc:
             clock.tick(tsc)
-        if bool(clock.status_c & rtc.C_IRQ) != self.rtc_line:
-            self.rtc_line = not self.rtc_line
-            self.set_irq(machine, rtc.RTC_IRQ, level=self.rtc_line)
+        if clock.status_c & rtc.C_IRQ != self.rtc_line:
+            self.rtc_line = clock.status_c & rtc.C_IRQ
+            self.set_irq(machine, rtc.RTC_IRQ, level=bool(self.rtc_line))
         for apic in self.lapics.values():
             if apic.initial or apic.deadline:
                 apic.tick(tsc)
