@@ -18,6 +18,7 @@ from sevlab.core.buffers import SharedBuffer, Words
 from sevlab.core.memory import TAG_HYPERVISOR
 from sevlab.core.state import StateDict
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK
+from sevlab.plugins.sev_es import hyperv
 from sevlab.plugins.sev_es.declare import (
     INVALID_EVENT,
     INVALID_SCRATCH,
@@ -29,7 +30,6 @@ from sevlab.plugins.sev_es.declare import (
     malformed,
 )
 from sevlab.plugins.sev_es.ghcb import VALID_BITS, Ghcb, Reason, Usage, valid_mask
-from sevlab.plugins.sev_es.hyperv import hypercall
 from sevlab.plugins.sev_es.msr_layout import INFO_MASK
 from sevlab.plugins.sev_es.order import Exchange, check
 from sevlab.plugins.sev_es.records import GhcbReply, MsrReply, OrderWarning, VmgexitIgnored
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 ALWAYS = ("sw_exit_code", "sw_exit_info_1", "sw_exit_info_2")
 ALWAYS_MASK = valid_mask(*ALWAYS)
+HYPERV_USAGES = (Usage.HYPERV_HYPERCALL, Usage.HYPERV_VTL_RETURN)
 
 # The words that the checks look at before the event is known, at the offsets that the layout declares.
 _AT = {name: info.offset for name, info in Ghcb.FIELDS.items()}
@@ -211,8 +212,8 @@ class Dispatcher:
         page = window.read(0, PAGE_BYTES)
         code, valid_low, valid_high, version, usage = _HEAD(page, CODE_AT)
         valid = valid_high << 64 | valid_low
-        if usage and self._hyperv and usage == Usage.HYPERV_HYPERCALL:
-            hypercall(machine, vcpu, window, page)
+        if usage and self._hyperv and usage in HYPERV_USAGES:
+            hyperv.serve(machine, vcpu, window, page, usage)
             return
         found = self._events.get(code)
         passes = not usage and found is not None and found.plain and valid & found.required == found.required

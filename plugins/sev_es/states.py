@@ -30,7 +30,7 @@ OPTIONS = (
         name="usage",
         default="standard",
         choices=("standard", "hyperv"),
-        doc="which GHCB_USAGE is understood: 0, or also Hyper-V's hypercalls (1)",
+        doc="which GHCB_USAGE is understood: 0, or also Hyper-V's hypercalls (1) and VTL returns (2)",
     ),
     Option(name="protocol_min", default=1, low=1, high=2, doc="lowest protocol version the hypervisor offers"),
     Option(name="protocol_max", default=2, low=1, high=2, doc="highest protocol version the hypervisor offers"),

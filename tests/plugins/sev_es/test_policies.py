@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from sevlab.core.config import GuestConfig
 from sevlab.core.events import MemoryWrite, Party, Race, Resumed, Space, Stopped
 from sevlab.core.hookspecs import hookimpl
 from sevlab.core.hypercall import HypercallEnd
 from sevlab.core.svm import ExitCode
+from sevlab.core.testing import make_machine
 from sevlab.plugins import io
+from sevlab.plugins.sev import Policy, launch_guest
 from sevlab.plugins.sev_es import (
     Ghcb,
     GhcbReply,
@@ -16,6 +19,8 @@ from sevlab.plugins.sev_es import (
     Reason,
     Vmgexit,
     VmgexitIgnored,
+    initial_vmsa,
+    set_up_vcpus,
     vm_protocol,
 )
 
@@ -109,7 +114,54 @@ def test_hyperv_pages_are_understood_only_where_the_switch_says_so(newest):
     assert outcome.first(Resumed) is not None
     spa = machine.access.translate_gpa(machine.vcpus[0], GHCB_GPA)
     assert HypervPage.from_bytes(machine.memory.read(spa, 4096, None)).call_code == 2
-    assert result(machine, data[:0xFFC] + (2).to_bytes(4, "little")) == (2, Reason.INVALID_USAGE)
+    returns = machine.apply(Vmgexit(0, GHCB_GPA, data[:0xFFC] + (2).to_bytes(4, "little")))
+    assert "VTL" in returns.first(VmgexitIgnored).reason
+    assert result(machine, data[:0xFFC] + (3).to_bytes(4, "little")) == (2, Reason.INVALID_USAGE)
+    assert result(machine, data[:0xFFC] + b"\xff" * 4) == (2, Reason.INVALID_USAGE)
+
+
+def hyperv_call(machine, code, data=b"", *, fast=0, count=0):
+    """The result word of a hypercall by the page."""
+    raw = HypervPage.build(hypercall_data=data.ljust(4072, b"\0"), call_code=code, fast=fast, element_count=count)
+    machine.apply(Vmgexit(0, GHCB_GPA, raw[:0xFFC] + (1).to_bytes(4, "little")))
+    spa = machine.access.translate_gpa(machine.vcpus[0], GHCB_GPA)
+    return int.from_bytes(machine.memory.read(spa + 0xFF0, 8, None), "little")
+
+
+def test_hyperv_calls_go_to_whoever_owns_hypercalls():
+    """Xen's Hyper-V personality serves an IPI and a flush; it reads the input from the GHCB page itself."""
+    machine = make_machine(
+        *("io", "sme", "sev", "sev_es", "xen"),
+        guests=(GuestConfig(memory_bytes=1 << 20),),
+        options={"sev_es": {"usage": "hyperv"}, "xen": {"viridian": True}},
+    )
+    launch_guest(machine, 0, policy=Policy.ES, vmsas=[initial_vmsa()])
+    set_up_vcpus(machine, 0)
+    machine.hypervisor.enter(machine, machine.vcpus[0])
+    apic = io.devices(machine, machine.vcpus[0]).lapics[0]
+    apic.write(0xF0, 0x1FF, 0)
+    ipi = (0x40).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    assert hyperv_call(machine, 0x0B, ipi) == 0
+    assert apic.irr >> 0x40 & 1
+    assert hyperv_call(machine, 0x0B, (0x0F).to_bytes(8, "little") + ipi[8:]) == 5
+    assert hyperv_call(machine, 0x03, bytes(24), count=3) == 3 << 32
+    assert hyperv_call(machine, 0x0B, ipi, fast=1) == 3
+    assert hyperv_call(machine, 0x1234) == 2
+
+
+def test_an_owner_of_another_abi_knows_no_hyperv_call():
+    class Other:
+        @staticmethod
+        @hookimpl
+        def sevlab_register(builder):
+            def owner(_machine, _vcpu, frame):
+                frame.registers.rax = KVM_ENOSYS
+                frame.written.add("rax")
+                return HypercallEnd.COMPLETED
+
+            builder.slot("hypercall", owner)
+
+    assert hyperv_call(encrypted_machine(usage="hyperv", given={"other": Other()}), 0x0B) == 2
 
 
 # Races ------------------------------------------------------------------------------------------------------------
