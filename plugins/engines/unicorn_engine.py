@@ -142,6 +142,8 @@ class UnicornCpu:
         uc.mem_map_ptr(PRIVATE_SPA, PRIVATE_BYTES, 7, ctypes.addressof(ctypes.c_char.from_buffer(self._private)))
         self._write_maps()
         uc.reg_write(x86_const.UC_X86_REG_MSR, (0xC000_0080, 0x1D01))  # SVME on, while writing it still does that
+        for number, value in enumerate(vcpu.system.xmm):
+            uc.reg_write(x86_const.UC_X86_REG_XMM0 + number, value)
         self._window = Window(uc)
         self._words = self._window.bytes[self._window.base :][: EFER + 8].cast("Q")
         self._failure: BaseException | None = None

@@ -22,6 +22,7 @@ from sevlab.plugins.sev_es.msr_layout import INFO_MASK, MSR_SEV_STATUS
 from sevlab.plugins.sev_es.records import VcDelivered, Vmgexit
 from sevlab.plugins.sev_es.save_area import load_state, state_bytes
 from sevlab.plugins.sev_es.states import SevEsState, sev_es_state, vm_protocol
+from sevlab.plugins.sev_es.vmsa import Vmsa
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ AUTOMATIC = ExitClass.AE
 _exit = tuple.__new__
 """Makes an exit from its values without the keyword machinery."""
 WRITE = 1
+SEV_FEATURES = slice(Vmsa.FIELDS["sev_features"].offset, Vmsa.FIELDS["sev_features"].offset + 8)
 ALL_ON = CONTROL_NESTED_PAGING | CONTROL_SEV | CONTROL_SEV_ES
 
 
@@ -144,6 +146,7 @@ def enter_encrypted(machine: Machine, vcpu: Vcpu, trusted: Callable[[bytes], boo
         load_state(vcpu, page)
         if illegal_state(vcpu):
             return ExitCode.INVALID
+        vm_protocol(machine, vcpu).sev_features = int.from_bytes(page[SEV_FEATURES], "little")
         for other in [number for number, owned in loaded.items() if owned[0] == spa]:
             del loaded[other]
         loaded[vcpu.vcpu_id] = spa, vcpu.asid

@@ -16,7 +16,7 @@ from sevlab.plugins.sev_es.hypervisor import ghcb_window, write_reply
 from sevlab.plugins.sev_es.msr_layout import MsrInfo
 from sevlab.plugins.sev_es.msr_requests import sev_information
 from sevlab.plugins.sev_es.records import MsrReply
-from sevlab.plugins.sev_es.states import Hold, sev_es_state, vcpu_protocol, vm_protocol
+from sevlab.plugins.sev_es.states import DEBUG_SWAP, Hold, sev_es_state, vcpu_protocol, vm_protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +63,9 @@ INTERCEPTS = (
     ExitCode.CR0_WRITE_TRAP + 4,
     ExitCode.CR0_WRITE_TRAP + 8,
 )
-"""What KVM intercepts of a SEV-ES guest without DebugSwap; XSETBV, #UD, #GP and the control registers are left alone.
+DR7_ACCESSES = (ExitCode.DR7_READ, ExitCode.DR7_WRITE)
+"""What KVM intercepts of a SEV-ES guest, these two only without DebugSwap; XSETBV, #UD, #GP and the control registers
+are left alone.
 
 Source: Linux arch/x86/kvm/svm/svm.c (init_vmcb) and sev.c (sev_es_init_vmcb).
 """
@@ -81,9 +83,10 @@ def set_up_vcpus(machine: Machine, vm_id: int) -> None:
         for gpa in range(first, min(window.gpa + window.length_bytes, first + MMIO_LIMIT_BYTES), PAGE_BYTES):
             tables.mark_mmio(gpa)
     machine.access.forget()
+    swapped = vm_protocol(machine, machine.vcpus[vm.vcpu_ids[0]]).sev_features & DEBUG_SWAP
     for vcpu_id in vm.vcpu_ids:
         vcpu = machine.vcpus[vcpu_id]
-        vcpu.vmcb.intercept(*INTERCEPTS)
+        vcpu.vmcb.intercept(*(code for code in INTERCEPTS if not swapped or code not in DR7_ACCESSES))
         vcpu.vmcb.ghcb_gpa = sev_information(machine)
 
 
@@ -143,6 +146,10 @@ def register(builder: PluginBuilder, woken: Callable[[Machine, Vcpu], None] | No
     """Take the slot, and take over the options that replies depend on."""
     options = builder.options
 
+    def give_features(machine: Machine) -> None:
+        for vm in machine.hypervisor.vms.values():
+            vm_protocol(machine, machine.vcpus[vm.vcpu_ids[0]]).sev_features = int(options["vmsa_features"])
+
     def offer(machine: Machine) -> None:
         state = sev_es_state(machine)
         state.protocol_min, state.protocol_max = int(options["protocol_min"]), int(options["protocol_max"])
@@ -151,4 +158,5 @@ def register(builder: PluginBuilder, woken: Callable[[Machine, Vcpu], None] | No
 
     builder.at_boot(offer)
     builder.at_boot(make_states)
+    builder.at_boot(give_features)
     builder.slot("start_vcpu", StartUp(woken))

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
+DEBUG_SWAP = 1 << 5
+"""Of SEV_FEATURES: the processor swaps the debug registers. Source: 24593, appendix B."""
+
 OPTIONS = (
     Option(
         name="checks",
@@ -34,6 +37,12 @@ OPTIONS = (
     ),
     Option(name="protocol_min", default=1, low=1, high=2, doc="lowest protocol version the hypervisor offers"),
     Option(name="protocol_max", default=2, low=1, high=2, doc="highest protocol version the hypervisor offers"),
+    Option(
+        name="vmsa_features",
+        default=0,
+        choices=(0, DEBUG_SWAP),
+        doc="SEV_FEATURES of SEV-ES guests, of those that KVM takes: none, or DebugSwap (20h)",
+    ),
     Option(name="features", default=0, low=0, high=(1 << 52) - 1, doc="hypervisor features offered"),
     Option(
         name="guest",

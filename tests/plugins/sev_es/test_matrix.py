@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import pytest
 from sevlab.core.events import Stopped
+from sevlab.core.svm import ExitCode
 from sevlab.plugins.sev_es import SHARED_BUFFER, SHARED_BUFFER_OFFSET, VALID_BITS, GhcbReply, Vmgexit
 from sevlab.plugins.sev_es.matrix import ALL, markdown_table
 
 from tests.plugins.sev_es.guests import GHCB_GPA, encrypted_machine, page
 
 REGISTERS = ("rax", "rbx", "rcx", "rdx")
-CASES = [(code, number) for code, event in sorted(ALL.items()) for number in range(len(event.cases))]
+NOT_CONFIRMED = "two size bits"
+"""The note of a case whose answer no source confirms; the register of a DR7 read is another."""
+
+
+def marked(code, number):
+    unsure = code == ExitCode.DR7_READ or ALL[code].cases[number].note == NOT_CONFIRMED
+    return pytest.param((code, number), marks=pytest.mark.unverified if unsure else ())
+
+
+CASES = [marked(code, number) for code, event in sorted(ALL.items()) for number in range(len(event.cases))]
 
 
 @pytest.fixture(scope="module")

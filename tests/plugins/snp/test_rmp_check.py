@@ -180,7 +180,9 @@ def test_two_guests_do_not_reach_each_other(machine):
         assert fault(machine, GPA, kind, other)[0] == 0x400
 
 
-@pytest.mark.parametrize("party", [Party.HYPERVISOR, Party.DMA], ids=["host", "DMA"])
+@pytest.mark.parametrize(
+    "party", [Party.HYPERVISOR, pytest.param(Party.DMA, marks=pytest.mark.unverified)], ids=["host", "DMA"]
+)
 def test_a_host_write_to_an_assigned_page_is_pf_with_bit_31_and_changes_nothing(machine, party):
     own(machine)
     spa = spa_of(machine, GPA)
