@@ -6,7 +6,7 @@ oracle looks for - leaves it, and with an oracle sink attached not even that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sevlab.core import steps
@@ -158,6 +158,11 @@ class Machine:
             self.access.forget()
         if self.sink is not None:
             self.sink.begin()
+
+    @property
+    def changed(self) -> Sequence[Stateful | StateDict[Any, Any]]:
+        """The parts of the state that changed since the mark, in the order of their first change; grows in place."""
+        return self._journal.changed
 
     def snapshot(self) -> Snapshot:
         """The whole state as explicit data."""

@@ -21,7 +21,7 @@ bytearray only where a page holds bytes of several owners. 0 means never written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, KeysView
 
 from sevlab.core.crypto import ZERO_PAGE, MemoryKey
 from sevlab.core.errors import ConfigError
@@ -382,9 +382,9 @@ class Memory:
 
     # Reset and snapshot -----------------------------------------------------------------------------------------
 
-    def written(self) -> tuple[int, ...]:
-        """Numbers of the pages that were written since the mark."""
-        return tuple(self._saved)
+    def written(self) -> KeysView[int]:
+        """Numbers of the pages that were written since the mark; a view that follows."""
+        return self._saved.keys()
 
     def differs(self, pfn: int) -> bool:
         """Whether a page that was written since `mark` holds other bytes than then, or is another's."""
@@ -392,10 +392,6 @@ class Memory:
         if before is None or page is None:
             return before is not page
         return page.key is not before.key or page.data != before.data
-
-    def unwritten(self, pfns: set[int]) -> bool:
-        """Whether none of these pages can have been written since the mark."""
-        return pfns.isdisjoint(self._saved)
 
     def mark(self, *, keep_lent: bool = False) -> None:
         """Make the present content what `reset` returns to; `keep_lent`: an engine goes on executing on its pages."""

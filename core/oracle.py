@@ -5,9 +5,9 @@ No engine and no campaign here: a plugin brings these without importing `sevlab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sevlab.core.config import GuestConfig, Scalar
 from sevlab.core.errors import InvariantViolation
@@ -16,6 +16,7 @@ from sevlab.core.vocabulary import Outcome, Record, spec_of
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
+    from sevlab.core.state import StateDict, Stateful
 
 
 class Finding(NamedTuple):
@@ -32,7 +33,8 @@ class Oracle(Protocol):
     """Looks at a machine at the end of each step and of each sequence, and says what is wrong with it.
 
     `name` is unique; `documentation` is one paragraph: the rule and its source. Both methods leave the machine as it
-    is and return findings, none when all is well.
+    is and return findings, none when all is well. An oracle whose `step_end` has something to say only after some
+    kinds of steps names them in an attribute `after`, a tuple of kinds; without it, it is asked after every step.
     """
 
     name: str
@@ -76,10 +78,28 @@ class Canary(NamedTuple):
 
 
 class StateCounter(NamedTuple):
-    """A counted coordinate of state feedback: `read` gives the present state of one state machine as a short tuple."""
+    """A counted coordinate of state feedback: the present state of one state machine.
+
+    `read` gives it as a short tuple, at every step: it must be quick, so it gives what it finds. `words` puts such a
+    tuple into words, once for each that occurs; without it, members of enumerations go by their names. `of` says what
+    it looks at, parts of the state tree and numbers of pages (SPA / 4096) that no change of those moves: a machine in
+    which none of them changed since the mark is not read again.
+    """
 
     machine: str
-    read: Callable[[Machine], tuple[str, ...]]
+    read: Callable[[Machine], tuple[Hashable, ...]]
+    words: Callable[[tuple[Any, ...]], Iterable[str]] | None = None
+    of: Callable[[Machine], tuple[Stateful | StateDict[Any, Any] | int, ...]] | None = None
+
+
+class _Every:
+    """The kinds of an oracle that looks after every step."""
+
+    def __contains__(self, _kind: object) -> bool:
+        return True
+
+
+_EVERY = _Every()
 
 
 class OracleSink:
@@ -89,10 +109,11 @@ class OracleSink:
     look once more, and the sequence is over.
     """
 
-    __slots__ = ("findings", "oracles", "tainted")
+    __slots__ = ("_asked", "findings", "oracles", "tainted")
 
     def __init__(self, oracles: tuple[Oracle, ...] = ()) -> None:
         self.oracles = oracles
+        self._asked: dict[type, tuple[Callable[[Machine, Record, Outcome], tuple[Finding, ...]], ...]] = {}
         self.findings: list[Finding] = []
         self.tainted = False
 
@@ -107,9 +128,15 @@ class OracleSink:
         self.tainted = True
 
     def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> None:
-        """Let every oracle look; none stops the others."""
-        for oracle in self.oracles:
-            self.findings += oracle.step_end(machine, step, outcome)
+        """Let every oracle look that has something to say after such a step; none stops the others."""
+        asked = self._asked.get(type(step))
+        if asked is None:
+            asked = self._asked[type(step)] = tuple(
+                oracle.step_end for oracle in self.oracles if spec_of(step).kind in getattr(oracle, "after", _EVERY)
+            )
+        for step_end in asked:
+            if found := step_end(machine, step, outcome):
+                self.findings += found
 
     def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
         """Let every oracle look at the end; returns all findings of the sequence."""

@@ -65,6 +65,17 @@ def _adopt(item: Any, journal: Journal) -> None:
             _adopt(child, journal)
 
 
+def parts(item: Any) -> Iterator[Stateful | StateDict[Any, Any]]:
+    """`item` and everything of the state tree below it."""
+    if isinstance(item, (Stateful, StateDict)):
+        yield item
+        for child in item._children():
+            yield from parts(child)
+    elif isinstance(item, tuple):
+        for child in item:
+            yield from parts(child)
+
+
 @dataclass_transform(kw_only_default=True)
 class StatefulMeta(type):
     """Turns annotated fields into slots, a capture function and a class for clean objects."""

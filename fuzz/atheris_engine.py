@@ -7,9 +7,10 @@ memory and codecs are not, so that coverage speaks of behaviour. libFuzzer ends 
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import sha1
 from pathlib import Path
 from random import Random
@@ -17,15 +18,17 @@ from tempfile import mkdtemp
 from types import CodeType, FunctionType
 
 from sevlab.core.plugins import PluginSet
-from sevlab.fuzz.engine import Budget, Incoming, Told, nothing, typed_mutation
-from sevlab.fuzz.feedback import AtherisCounters
+from sevlab.fuzz.atheris_counters import AtherisCounters
+from sevlab.fuzz.builtin_engine import FRESH
+from sevlab.fuzz.engine import Budget, Incoming, Told, nothing
+from sevlab.fuzz.mutators import Steps
 from sevlab.fuzz.runner import Runner
 
 HANDLERS = ("sevlab.core.steps", "sevlab.core.asp", "sevlab.core.hypervisor", "sevlab.core.cpu", "sevlab.core.delivery")
 """The kernel's own behaviour."""
 
-LEFT_ALONE = (".commands", ".demo", ".fuzzing", ".layout", ".buffers", ".numbers", ".command")
-"""Modules of a plugin without behaviour of their own, by the end of their names."""
+LEFT_ALONE = re.compile(r"\.plugins\.oracles\b|\.(commands|demo|fuzzing|layout|buffers|numbers|command)$")
+"""Modules of plugins without behaviour of their own: what judges and what declares."""
 
 LISTEN_SECONDS = 2.0
 RAW = 0.1
@@ -39,27 +42,9 @@ def handler_modules(plugins: PluginSet) -> tuple[str, ...]:
         name
         for name in sys.modules
         if any(name == package or name.startswith(package + ".") for package in packages)
-        and not name.endswith(LEFT_ALONE)
+        and not LEFT_ALONE.search(name)
     ]
     return (*HANDLERS, *sorted(found))
-
-
-def instrument(modules: Iterable[str]) -> int:
-    """Instrument every function of `modules` in place, closures included; returns how many."""
-    import atheris
-
-    wanted = frozenset(modules)
-    patched: dict[CodeType, CodeType] = {}
-    count = 0
-    for function in [item for item in gc.get_objects() if isinstance(item, FunctionType)]:
-        code = function.__code__
-        if function.__module__ not in wanted or not code.co_filename.endswith(".py"):
-            continue
-        if code not in patched:
-            patched[code] = atheris.patch_code(code, True)
-        function.__code__ = patched[code]
-        count += 1
-    return count
 
 
 class AtherisEngine:
@@ -69,6 +54,22 @@ class AtherisEngine:
 
     def __init__(self, arguments: Sequence[str] = ()) -> None:
         self._arguments = list(arguments)
+        self._counters = AtherisCounters()
+
+    def prepare(self, plugins: PluginSet) -> int:
+        """Instrument every function of the handlers' modules in place, closures included; returns how many."""
+        wanted = frozenset(handler_modules(plugins))
+        patched: dict[CodeType, CodeType] = {}
+        count = 0
+        for function in [item for item in gc.get_objects() if isinstance(item, FunctionType)]:
+            code = function.__code__
+            if function.__module__ not in wanted or not code.co_filename.endswith(".py"):
+                continue
+            if code not in patched:
+                patched[code] = self._counters.instrument(code)
+            function.__code__ = patched[code]
+            count += 1
+        return count
 
     def fuzz(
         self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told, incoming: Incoming = nothing
@@ -76,7 +77,7 @@ class AtherisEngine:
         """Run and end the process; `told` returning False ends it too."""
         import atheris
 
-        runner.feedback.counters = AtherisCounters()
+        counters = runner.feedback.counters = self._counters
         folder = Path(mkdtemp(prefix="sevlab-fuzz-"))
         for number, data in enumerate(corpus):
             (folder / f"{number:06}").write_bytes(data)
@@ -91,22 +92,25 @@ class AtherisEngine:
                 for other in incoming():
                     (folder / sha1(other, usedforsecurity=False).hexdigest()).write_bytes(other)
             steps = codec.decode(data)
-            if not told(data, steps, runner.run(steps, learn=True)):
+            run = runner.run(steps, learn=True)
+            counters.report()
+            if not told(steps, run):
                 sys.stdout.flush()
                 raise KeyboardInterrupt
 
-        def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-            rng.seed(seed)
+        # libFuzzer offers a seed for each mutation; one generator for all of them is as repeatable, and costs nothing.
+        def mutate(data: bytes, max_size: int, _seed: int) -> bytes:
             if rng.random() < RAW and data:
                 return bytes(atheris.Mutate(data, len(data) + 16))
-            mutator.reseed(seed)
-            made = typed_mutation(runner, data, rng)
-            return made if len(made) <= max_size else data
+            steps = mutator.fresh() if rng.random() < FRESH else mutator.mutate(codec.decode(data))
+            return written(steps, max_size, data)
 
-        def crossover(first: bytes, second: bytes, max_size: int, seed: int) -> bytes:
-            mutator.reseed(seed)
-            made = codec.encode(mutator.crossover(codec.decode(first), codec.decode(second)))
-            return made if len(made) <= max_size else first
+        def crossover(first: bytes, second: bytes, max_size: int, _seed: int) -> bytes:
+            return written(mutator.crossover(codec.decode(first), codec.decode(second)), max_size, first)
+
+        def written(steps: Steps, max_size: int, instead: bytes) -> bytes:
+            made = codec.encode(steps)
+            return made if len(made) <= max_size else instead
 
         options = [
             f"-max_len={budget.max_bytes}",

@@ -6,7 +6,9 @@ import time
 from collections.abc import Sequence
 from random import Random
 
-from sevlab.fuzz.engine import Budget, Incoming, Told, nothing, typed_mutation
+from sevlab.core.plugins import PluginSet
+from sevlab.fuzz.engine import Budget, Incoming, Told, nothing
+from sevlab.fuzz.mutators import Steps
 from sevlab.fuzz.runner import Runner
 
 CROSSOVER, FRESH = 0.12, 0.05
@@ -25,36 +27,35 @@ class BuiltinEngine:
 
     name = "builtin"
 
+    def prepare(self, _plugins: PluginSet) -> int:
+        """There is nothing to instrument."""
+        return 0
+
     def fuzz(
         self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told, incoming: Incoming = nothing
     ) -> None:
         rng = Random(budget.seed)
-        kept: list[bytes] = []
+        kept: list[Steps] = []
         runs = 0
         end = time.monotonic() + budget.seconds if budget.seconds else None
+        decode = runner.codec.decode
         waiting = list(reversed(corpus))
         while (not budget.runs or runs < budget.runs) and (end is None or time.monotonic() < end):
             if runs % LISTEN_EVERY == LISTEN_EVERY - 1:
                 waiting += incoming()
             seed = bool(waiting)
-            data = waiting.pop() if waiting else self._make(runner, kept, rng)
-            if len(data) > budget.max_bytes:
-                data = data[: budget.max_bytes]
-            steps = runner.codec.decode(data)
+            steps = decode(waiting.pop()) if seed else self._make(runner, kept, rng)
             run = runner.run(steps, learn=True)
             runs += 1
-            if run.new or (seed and steps):
-                kept.append(data)
-            if not told(data, steps, run):
+            if (run.new or seed) and steps:
+                kept.append(steps)
+            if not told(steps, run):
                 return
 
     @staticmethod
-    def _make(runner: Runner, kept: list[bytes], rng: Random) -> bytes:
+    def _make(runner: Runner, kept: list[Steps], rng: Random) -> Steps:
+        mutator = runner.mutator
         if not kept or rng.random() < FRESH:
-            return runner.codec.encode(runner.mutator.fresh())
-        pool = kept[-NEWEST:] if rng.random() < RECENT else kept
-        data = rng.choice(pool)
-        if rng.random() < CROSSOVER:
-            decode = runner.codec.decode
-            return runner.codec.encode(runner.mutator.crossover(decode(data), decode(rng.choice(kept))))
-        return typed_mutation(runner, data, rng)
+            return mutator.fresh()
+        steps = rng.choice(kept[-NEWEST:] if rng.random() < RECENT else kept)
+        return mutator.crossover(steps, rng.choice(kept)) if rng.random() < CROSSOVER else mutator.mutate(steps)

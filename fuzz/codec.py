@@ -7,7 +7,7 @@ string is refused, and `decode(encode(steps)) == steps`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sevlab.core.errors import CampaignError
@@ -17,14 +17,17 @@ from sevlab.core.vocabulary import FieldSpec, Record, Vocabulary, spec_of
 MAX_STEPS = 64
 """Longest sequence that one input decodes to."""
 
-MAX_BYTES = 1 << 16
-"""Longest field of bytes."""
+MAX_BYTES = 0xFF * 0xFF
+"""Longest field of bytes: what 255 runs of 255 bytes hold, so that whatever is decoded can be encoded."""
 
 DENSE_LIMIT = 0xF8
 """A field of bytes begins with its length below this, else its runs follow."""
 
 GAP_LIMIT = 16
 """So many zeros end a run."""
+
+REMEMBERED_INPUTS, REMEMBERED_STEPS, REMEMBERED_BYTES = 4096, 4096, 1 << 26
+"""How much is kept of what was decoded and encoded lately."""
 
 NUMBER, TEXT, BYTES, TUPLE, FLAG = range(5)
 MAX_DEPTH = 4
@@ -99,31 +102,51 @@ class Codec:
                 )
             self.kinds.append(record)
         self._numbers = {record: number for number, record in enumerate(self.kinds)}
+        self._takers = [tuple(self._taker(field) for field in spec_of(record).fields) for record in self.kinds]
         self.words = tuple(dict.fromkeys((*WORDS, *words)))[:LITERAL]
         self._word_numbers = {word: number for number, word in enumerate(self.words)}
+        self._decoded: dict[bytes, tuple[Record, ...]] = {}
+        self._decoded_bytes = 0
+        self._encoded: dict[tuple[type, Record], bytes] = {}
 
     # Decoding ---------------------------------------------------------------------------------------------------
 
     def decode(self, data: bytes) -> tuple[Record, ...]:
         """The steps of any byte string."""
+        steps = self._decoded.get(data)
+        if steps is None:
+            steps = self._decode(data)
+            self._remember(data, steps)
+        return steps
+
+    def _decode(self, data: bytes) -> tuple[Record, ...]:
         reader = Reader(data)
         steps: list[Record] = []
-        kinds = self.kinds
+        kinds, takers = self.kinds, self._takers
         while reader.left and len(steps) < MAX_STEPS:
-            record = kinds[reader.byte() % len(kinds)]
-            steps.append(record(*[self._field(field, reader) for field in spec_of(record).fields]))
+            number = reader.byte() % len(kinds)
+            steps.append(kinds[number](*[take(reader) for take in takers[number]]))
         return tuple(steps)
 
-    def _field(self, field: FieldSpec, reader: Reader) -> Any:
+    def _remember(self, data: bytes, steps: tuple[Record, ...]) -> None:
+        """Keep what `data` decodes to: a fuzzer comes back to its corpus, and runs what it has just written."""
+        self._decoded_bytes += sum(len(value) for step in steps for value in step if isinstance(value, bytes))
+        if self._decoded_bytes > REMEMBERED_BYTES or len(self._decoded) >= REMEMBERED_INPUTS:
+            self._decoded.clear()
+            self._decoded_bytes = 0
+        self._decoded[data] = steps
+
+    def _taker(self, field: FieldSpec) -> Callable[[Reader], Any]:
+        """What takes the value of a field off a reader."""
         if field.type is bytes:
-            return reader.sparse()
+            return Reader.sparse
         if field.type is bool:
-            return bool(reader.byte() & 1)
+            return lambda reader: bool(reader.byte() & 1)
         if field.type is str:
-            return self._text(reader)
+            return self._text
         if field.type is tuple:
-            return self._tuple(reader, 0)
-        return reader.number()
+            return lambda reader: self._tuple(reader, 0)
+        return Reader.number
 
     def _text(self, reader: Reader) -> str:
         number = reader.byte()
@@ -152,7 +175,7 @@ class Codec:
     def accepts(self, step: Record) -> bool:
         """Whether the target's kinds hold this step, and its values can be written."""
         try:
-            return self.decode(self.encode((step,))) == (step,)
+            return self._decode(self._encode(step)) == (step,)
         except CampaignError:
             return False
 
@@ -160,14 +183,27 @@ class Codec:
         """The bytes of `steps`. Raises `CampaignError` for what no bytes decode to."""
         if len(steps) > MAX_STEPS:
             raise CampaignError(f"{len(steps)} steps: an input has at most {MAX_STEPS}")
-        out = bytearray()
+        encoded = self._encoded
+        pieces = []
         for step in steps:
-            number = self._numbers.get(type(step))
-            if number is None:
-                raise CampaignError(f"a step of kind {spec_of(step).kind!r} is none of this target's")
-            out.append(number)
-            for field, value in zip(spec_of(step).fields, step, strict=True):
-                self._put_field(out, field, value)
+            key = (type(step), step)  # records of two classes may be equal
+            piece = encoded.get(key)
+            if piece is None:
+                if len(encoded) >= REMEMBERED_STEPS:
+                    encoded.clear()
+                piece = encoded[key] = self._encode(step)
+            pieces.append(piece)
+        data = b"".join(pieces)
+        self._remember(data, tuple(steps))
+        return data
+
+    def _encode(self, step: Record) -> bytes:
+        number = self._numbers.get(type(step))
+        if number is None:
+            raise CampaignError(f"a step of kind {spec_of(step).kind!r} is none of this target's")
+        out = bytearray((number,))
+        for field, value in zip(spec_of(step).fields, step, strict=True):
+            self._put_field(out, field, value)
         return bytes(out)
 
     def _put_field(self, out: bytearray, field: FieldSpec, value: Any) -> None:
@@ -233,8 +269,6 @@ def put_bytes(out: bytearray, value: bytes) -> None:
     runs = _runs(value)
     if len(runs) > 0xFF:  # nothing sparse about it: runs of full length
         runs = [(start, value[start : start + 0xFF]) for start in range(0, len(value), 0xFF)]
-    if len(runs) > 0xFF:
-        raise CampaignError(f"a field of {len(value)} bytes that are not zero: expected at most {0xFF * 0xFF}")
     out.append(DENSE_LIMIT)
     put_number(out, len(value))
     out.append(len(runs))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from random import Random
 from typing import NamedTuple, Protocol
 
 from sevlab.core.errors import CampaignError
+from sevlab.core.plugins import PluginSet
 from sevlab.core.vocabulary import Record
 from sevlab.fuzz.runner import Run, Runner
 
 ENGINES = ("atheris", "builtin")
 
-Told = Callable[[bytes, Sequence[Record], Run], bool]
-"""Called after each input with its bytes, its steps and what it did; False ends the loop."""
+Told = Callable[[Sequence[Record], Run], bool]
+"""Called after each input with its steps and what it did; False ends the loop."""
 
 Incoming = Callable[[], list[bytes]]
 
@@ -38,6 +38,9 @@ class Engine(Protocol):
 
     name: str
 
+    def prepare(self, plugins: PluginSet) -> int:
+        """Instrument the handlers of `plugins`, before a machine is composed; returns how many functions were."""
+
     def fuzz(
         self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told, incoming: Incoming = nothing
     ) -> None:
@@ -60,12 +63,3 @@ def make_engine(name: str | None = None) -> Engine:
     if not here:
         raise CampaignError("atheris is not installed (pip install 'sevlab[fuzz]'); --engine builtin needs nothing")
     return AtherisEngine()
-
-
-def typed_mutation(runner: Runner, data: bytes, rng: Random) -> bytes:
-    """`data` with typed changes; its own bytes again when the result cannot be written."""
-    steps = runner.mutator.mutate(runner.codec.decode(data))
-    try:
-        return runner.codec.encode(steps)
-    except CampaignError:  # two changes made a field too long
-        return data or rng.randbytes(8)

@@ -12,11 +12,12 @@ from hashlib import sha1
 from pathlib import Path
 
 from sevlab.core.oracle import Finding
+from sevlab.core.plugins import load
 from sevlab.core.vocabulary import Record
-from sevlab.fuzz.atheris_engine import AtherisEngine, handler_modules, instrument
+from sevlab.fuzz.atheris_engine import AtherisEngine
 from sevlab.fuzz.builtin_engine import BuiltinEngine
 from sevlab.fuzz.dictionaries import write_dictionary
-from sevlab.fuzz.engine import Budget
+from sevlab.fuzz.engine import Budget, Engine
 from sevlab.fuzz.runner import Run, Runner
 from sevlab.fuzz.targets import target_named
 
@@ -53,12 +54,9 @@ def main(name: str, arguments: Sequence[str] | None = None) -> None:
     """Run the harness of target `name`."""
     options = list(sys.argv[1:] if arguments is None else arguments)
     target = target_named(name)
-    builtin = "--builtin" in options
-    instrumented = 0
-    if not builtin and not {"--seeds", "--dictionary"} & set(options):
-        from sevlab.core.plugins import load
-
-        instrumented = instrument(handler_modules(load(target.plugins)))
+    plain = {"--builtin", "--seeds", "--dictionary"} & set(options)
+    engine: Engine = BuiltinEngine() if plain else AtherisEngine(options)
+    instrumented = engine.prepare(load(target.plugins))
     runner = Runner(target)
     seeds = seed_bytes(runner)
     if options[:1] == ["--seeds"]:
@@ -72,13 +70,10 @@ def main(name: str, arguments: Sequence[str] | None = None) -> None:
     for line in self_check(runner, instrumented, seeds):
         print(f"{name}: {line}", file=sys.stderr)  # noqa: T201  # libFuzzer's own lines go there too
 
-    def told(_data: bytes, steps: Sequence[Record], run: Run) -> bool:
+    def told(steps: Sequence[Record], run: Run) -> bool:
         if run.findings:
             raise Found(run.findings[0], steps)
         return True
 
-    if builtin:
-        runs = next((int(option.partition("=")[2]) for option in options if option.startswith("-runs=")), 1000)
-        BuiltinEngine().fuzz(runner, seeds, Budget(runs=runs), told)
-        return
-    AtherisEngine(options).fuzz(runner, seeds, Budget(), told)
+    runs = next((int(option.partition("=")[2]) for option in options if option.startswith("-runs=")), 1000)
+    engine.fuzz(runner, seeds, Budget(runs=runs) if engine.name == "builtin" else Budget(), told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from sevlab.core.layout import Layout
@@ -20,18 +20,24 @@ class Carried(NamedTuple):
     layout: type[Layout] | None
 
 
+class Carrier(NamedTuple):
+    """One payload of a record class: how its message is known, and what those that are declared are."""
+
+    payload: Payload
+    message_of: Callable[[Record], int | None]
+    declared: dict[int, Carried]
+
+
 class Messages:
     """The payloads of a set of plugins, by record kind."""
 
-    __slots__ = ("_declared", "by_kind")
+    __slots__ = ("_by_type", "by_kind")
 
     def __init__(self, payloads: Iterable[Payload]) -> None:
         self.by_kind: dict[str, list[Payload]] = {}
-        self._declared: dict[tuple[int, int], Message] = {}
+        self._by_type: dict[type, tuple[Carrier, ...]] = {}
         for payload in payloads:
             self.by_kind.setdefault(payload.kind, []).append(payload)
-            for message in payload.messages:
-                self._declared[id(payload), message.number] = message
 
     @classmethod
     def of_plugins(cls, plugins: PluginSet) -> Messages:
@@ -41,25 +47,43 @@ class Messages:
     def of(self, record: Record) -> Carried | None:
         """What `record` carries, None when nobody says."""
         undeclared = None
-        for payload in self.by_kind.get(spec_of(record).kind, ()):
-            number = payload.message_of(record)
+        for carrier in self._carriers(type(record)):
+            number = carrier.message_of(record)
             if number is not None:
-                message = self._declared.get((id(payload), number))
-                if message is not None:
-                    return Carried(payload, number, message.name, message.layout)
-                undeclared = undeclared or Carried(payload, number, f"{number:#x}", payload.layout)
+                carried = carrier.declared.get(number)
+                if carried is not None:
+                    return carried
+                undeclared = undeclared or Carried(carrier.payload, number, f"{number:#x}", carrier.payload.layout)
         return undeclared
 
     def number_of(self, record: Record) -> int | None:
         """The number of a record's message alone; a message that nobody declares is -1."""
         found = None
-        for payload in self.by_kind.get(spec_of(record).kind, ()):
-            number = payload.message_of(record)
+        carriers = self._by_type.get(type(record))
+        for _, message_of, declared in self._carriers(type(record)) if carriers is None else carriers:
+            number = message_of(record)
             if number is not None:
-                if (id(payload), number) in self._declared:
+                if number in declared:
                     return number
                 found = -1
         return found
+
+    def _carriers(self, kind: type) -> tuple[Carrier, ...]:
+        """What records of a class may carry, looked up once."""
+        carriers = self._by_type.get(kind)
+        if carriers is None:
+            carriers = self._by_type[kind] = tuple(
+                Carrier(
+                    payload,
+                    payload.message_of,
+                    {
+                        message.number: Carried(payload, message.number, message.name, message.layout)
+                        for message in payload.messages
+                    },
+                )
+                for payload in self.by_kind.get(spec_of(kind).kind, ())
+            )
+        return carriers
 
     def choices(self, kind: str) -> list[tuple[Payload, Message]]:
         """Every declared message that a record of `kind` can carry."""

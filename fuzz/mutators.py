@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sevlab.core.events import Race
 from sevlab.core.layout import FieldInfo, Kind, Layout
@@ -24,6 +24,7 @@ from sevlab.fuzz.pools import Pools, resource_of
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
 
+T = TypeVar("T")
 Steps = tuple[Record, ...]
 
 NUMBERS = (0, 1, 2, 3, 4, 7, 8, 15, 16, 0x20, 0xFF, 0x7F0, 0xFFF, 0x1000, 0xFFFF, 0x7FFF_FFFF, 1 << 31, 1 << 32,
@@ -36,6 +37,24 @@ CHANGES = 3
 """Most changes that one call makes."""
 
 
+class Choices(NamedTuple):
+    """The fields of a layout: all, the numbers, and those with a rule that can be broken."""
+
+    fields: tuple[FieldInfo, ...]
+    numbers: tuple[FieldInfo, ...]
+    ruled: tuple[FieldInfo, ...]
+
+    @classmethod
+    def of(cls, layout: type[Layout]) -> Choices:
+        """What there is in `layout`."""
+        fields = tuple(layout.FIELDS.values())
+        numbers = tuple(info for info in fields if info.kind is Kind.UINT)
+        ruled = tuple(
+            info for info in fields if info.valid_bit or info.reserved or info.values is not None or info.aligned > 1
+        )
+        return cls(fields, numbers, ruled)
+
+
 class Mutator:
     """Changes sequences for one target; `machine` is booted, and only looked at."""
 
@@ -45,6 +64,7 @@ class Mutator:
         self._messages = messages
         self._rng = rng
         self.pools = pools
+        self._fields: dict[type[Layout], Choices] = {}
         self._kinds = [kind for kind in codec.kinds if kind is not Race]
         self._choices = {kind: messages.choices(spec_of(kind).kind) for kind in codec.kinds}
         carriers = [kind for kind in self._kinds if self._choices[kind]]
@@ -66,6 +86,13 @@ class Mutator:
         if Race in codec.kinds:
             self._changes.append(self._race)
 
+    def _below(self, limit: int) -> int:
+        """A number from 0 up to `limit`, which is not reached: five times as fast as `Random.randrange`."""
+        return int(self._rng.random() * limit)
+
+    def _pick(self, items: Sequence[T]) -> T:
+        return items[int(self._rng.random() * len(items))]
+
     def reseed(self, seed: int) -> None:
         """Make what follows depend on `seed` alone."""
         self._rng.seed(seed)
@@ -74,16 +101,16 @@ class Mutator:
 
     def fresh(self) -> Steps:
         """A new sequence of a few steps."""
-        return tuple(self.step() for _ in range(self._rng.randint(1, 6)))
+        return tuple(self.step() for _ in range(1 + self._below(6)))
 
     def mutate(self, steps: Sequence[Record]) -> Steps:
         """`steps` with one to three changes; from nothing, a new sequence."""
         if not steps:
             return self.fresh()
         changed = list(steps)
-        for _ in range(self._rng.randint(1, CHANGES)):
+        for _ in range(1 + self._below(CHANGES)):
             if changed:
-                self._rng.choice(self._changes)(changed)
+                self._pick(self._changes)(changed)
         return tuple(changed[:MAX_STEPS])
 
     def crossover(self, first: Sequence[Record], second: Sequence[Record]) -> Steps:
@@ -91,22 +118,22 @@ class Mutator:
         if not first or not second:
             return tuple(first or second)
         rng = self._rng
-        cut, start = rng.randint(0, len(first)), rng.randint(0, len(second) - 1)
-        end = rng.randint(start + 1, len(second))
+        cut, start = self._below(len(first) + 1), self._below(len(second))
+        end = start + 1 + self._below(len(second) - start)
         tail = first[cut:] if rng.random() < 0.5 else ()
         return (*first[:cut], *second[start:end], *tail)[:MAX_STEPS]
 
     def _insert(self, steps: list[Record]) -> None:
         if len(steps) < MAX_STEPS:
-            steps.insert(self._rng.randint(0, len(steps)), self.step())
+            steps.insert(self._below(len(steps) + 1), self.step())
 
     def _drop(self, steps: list[Record]) -> None:
         if len(steps) > 1:
-            del steps[self._rng.randrange(len(steps))]
+            del steps[self._below(len(steps))]
 
     def _duplicate(self, steps: list[Record]) -> None:
         if len(steps) < MAX_STEPS:
-            steps.insert(self._rng.randint(0, len(steps)), self._rng.choice(steps))
+            steps.insert(self._below(len(steps) + 1), self._pick(steps))
 
     def _swap(self, steps: list[Record]) -> None:
         if len(steps) > 1:
@@ -118,15 +145,15 @@ class Mutator:
         places = [index for index, step in enumerate(steps) if self._place(step) is not None]
         if not places or len(steps) >= MAX_STEPS:
             return
-        index = self._rng.choice(places)
+        index = self._pick(places)
         step = steps[index]
         spa, carried = self._place(step), self._messages.of(step)
         if spa is None or carried is None or carried.layout is None:
             return
-        info = self._rng.choice([info for info in carried.layout.FIELDS.values() if info.kind is Kind.UINT])
+        info = self._pick(self._choices_of(carried.layout).numbers)
         width = info.length_bytes
         data = (self.number(info.name, info) & info.maximum).to_bytes(width, "little")
-        steps.insert(index, Race(self._rng.randint(1, MAX_RACE_FETCH), spa + info.offset, data))
+        steps.insert(index, Race(1 + self._below(MAX_RACE_FETCH), spa + info.offset & MASK64, data))
 
     def _place(self, step: Record) -> int | None:
         carried = self._messages.of(step)
@@ -138,12 +165,12 @@ class Mutator:
 
     def step(self) -> Record:
         """A new step: half of the kinds' weight is on those that carry messages."""
-        kind = self._rng.choice(self._weighted)
+        kind = self._pick(self._weighted)
         values = [self._value(field) for field in spec_of(kind).fields]
         make: Callable[..., Record] = kind
         record = make(*values)
         choices = self._choices[kind]
-        return self._carry(record, *self._rng.choice(choices)) if choices else record
+        return self._carry(record, *self._pick(choices)) if choices else record
 
     def _carry(self, record: Record, payload: Payload, message: Message) -> Record:
         """`record` with `message` in it."""
@@ -163,16 +190,16 @@ class Mutator:
         return _put(record, payload, message.layout.build(**fields))
 
     def _field(self, steps: list[Record]) -> None:
-        index = self._rng.randrange(len(steps))
+        index = self._below(len(steps))
         fields = spec_of(steps[index]).fields
         if fields:
-            field = self._rng.choice(fields)
+            field = self._pick(fields)
             old = getattr(steps[index], field.name)
             steps[index] = _set(steps[index], **{field.name: self._value(field, old)})
 
     def _retarget(self, steps: list[Record]) -> None:
         """Every number of a step that names a resource may name another one."""
-        index = self._rng.randrange(len(steps))
+        index = self._below(len(steps))
         step = steps[index]
         for field in spec_of(step).fields:
             if issubclass(field.type, int) and field.type is not bool and self._rng.random() < 0.5:
@@ -184,8 +211,8 @@ class Mutator:
         if carried is None or carried.layout is None:
             return
         data = self._bytes_of(carried, step)
-        for info in carried.layout.FIELDS.values():
-            if info.kind is Kind.UINT and self._rng.random() < 0.5:
+        for info in self._choices_of(carried.layout).numbers:
+            if self._rng.random() < 0.5:
                 value = self.pools.draw(self._rng, resource_of(info.name, info.unit))
                 if value is not None and value <= info.maximum:
                     data = carried.layout.patch(data, **{info.name: value})
@@ -193,14 +220,21 @@ class Mutator:
 
     # One field of a message -------------------------------------------------------------------------------------
 
+    def _choices_of(self, layout: type[Layout]) -> Choices:
+        choices = self._fields.get(layout)
+        if choices is None:
+            choices = self._fields[layout] = Choices.of(layout)
+        return choices
+
     def _carrier(self, steps: list[Record]) -> tuple[int, Carried, type[Layout]] | None:
-        found = [(index, carried) for index, step in enumerate(steps) if (carried := self._messages.of(step))]
-        found = [(index, carried) for index, carried in found if carried.layout is not None]
-        if not found:
-            return None
-        index, carried = self._rng.choice(found)
-        assert carried.layout is not None
-        return index, carried, carried.layout
+        """Some step whose message has a layout; each of them as likely as the others."""
+        untried = list(range(len(steps)))
+        while untried:
+            index = untried.pop(self._below(len(untried)))
+            carried = self._messages.of(steps[index])
+            if carried is not None and carried.layout is not None:
+                return index, carried, carried.layout
+        return None
 
     @staticmethod
     def _bytes_of(carried: Carried, step: Record) -> bytes:
@@ -216,12 +250,12 @@ class Mutator:
             return
         index, carried, layout = found
         data = self._bytes_of(carried, steps[index])
-        info = self._rng.choice(list(layout.FIELDS.values()))
+        info = self._pick(self._choices_of(layout).fields)
         old = read_field(info, data)
         if info.kind is Kind.BYTES:
             data = layout.patch(data, **{info.name: self._leaf(old)})
         elif info.kind is Kind.ARRAY:
-            position = self._rng.randrange(info.elements)
+            position = self._below(info.elements)
             items = (*old[:position], self.number(info.name, info) & info.maximum, *old[position + 1 :])
             data = layout.patch(data, **{info.name: items})
         else:
@@ -236,11 +270,10 @@ class Mutator:
             return
         index, carried, layout = found
         data = self._bytes_of(carried, steps[index])
-        ruled = [info for info in layout.FIELDS.values() if info.valid_bit or info.reserved or info.values is not None
-                 or info.aligned > 1]  # fmt: skip
+        ruled = self._choices_of(layout).ruled
         if not ruled:
             return
-        info = self._rng.choice(ruled)
+        info = self._pick(ruled)
         ways: list[bytes] = []
         if info.valid_bit and layout.VALID_BITMAP is not None:
             offset, mask = valid_place(layout.VALID_BITMAP, info)
@@ -249,7 +282,7 @@ class Mutator:
             ways.append(bytes(cleared))
         ways += [layout.patch(data, **{info.name: value}) for _, value in breaking(info, read_field(info, data))]
         if ways:
-            steps[index] = _put(steps[index], carried.payload, self._rng.choice(ways))
+            steps[index] = _put(steps[index], carried.payload, self._pick(ways))
 
     # Values -----------------------------------------------------------------------------------------------------
 
@@ -262,20 +295,20 @@ class Mutator:
             if value is not None:
                 return value
         if old is not None and way < 0.7:
-            return (old + rng.choice((-1, 1, 8, -8, PAGE_BYTES, -PAGE_BYTES))) & MASK64 if way < 0.55 else (
-                old ^ 1 << rng.randrange(info.width_bytes * 8 if info is not None else 64)
+            return (old + self._pick((-1, 1, 8, -8, PAGE_BYTES, -PAGE_BYTES))) & MASK64 if way < 0.55 else (
+                old ^ 1 << self._below(info.width_bytes * 8 if info is not None else 64)
             )  # fmt: skip
         if way < 0.9:
-            return rng.choice(NUMBERS)
-        return rng.getrandbits(rng.choice((8, 12, 16, 32, 64)))
+            return self._pick(NUMBERS)
+        return rng.getrandbits(self._pick((8, 12, 16, 32, 64)))
 
     def legal(self, info: FieldInfo) -> int:
         """A number that keeps the rules of a field."""
-        rng, values = self._rng, info.values
+        values = info.values
         if isinstance(values, (tuple, frozenset)) and values:
-            return cast("int", rng.choice(sorted(values)))
+            return cast("int", self._pick(sorted(values)))
         if isinstance(values, range) and values:
-            return rng.choice(values)
+            return self._pick(values)
         value = self.number(info.name, info) & info.maximum
         return value & ~info.reserved & -info.aligned
 
@@ -286,35 +319,35 @@ class Mutator:
         if field.type is bytes:
             return self._leaf(old or b"")
         if field.type is str:
-            return rng.choice(self._codec.words)
+            return self._pick(self._codec.words)
         if field.type is tuple:
             return self._pairs(old or ())
         if field.name in {"vcpu", "vm", "party", "space", "domid"}:
-            return rng.choice((0, 0, 0, 1, 1, 2, 3))
+            return self._pick((0, 0, 0, 1, 1, 2, 3))
         return self.number(field.name, None, old)
 
     def _pairs(self, old: tuple[Any, ...]) -> tuple[Any, ...]:
         """A list of names with numbers, which is what lists in steps are; other items of an old one stay."""
         kept = list(old)
         if kept and self._rng.random() < 0.5:
-            del kept[self._rng.randrange(len(kept))]
+            del kept[self._below(len(kept))]
         if kept and not isinstance(kept[0], tuple):
             return (*kept, self.number("item"))
-        name = self._rng.choice(self._codec.words)
+        name = self._pick(self._codec.words)
         return (*kept, (name, self.number(name)))[:8]
 
     def _leaf(self, old: bytes) -> bytes:
         """Bytes without a declaration: other ones of the same length, or some bits and bytes changed."""
         rng = self._rng
         if not old:
-            return rng.randbytes(rng.choice(LENGTHS))
+            return rng.randbytes(self._pick(LENGTHS))
         if rng.random() < 0.1:
             return rng.randbytes(len(old))
         data = bytearray(old)
-        for _ in range(rng.randint(1, 4)):
-            position = rng.randrange(len(data))
-            width = rng.choice((1, 1, 2, 4, 8))
-            value = rng.choice(NUMBERS) if rng.random() < 0.5 else rng.getrandbits(64)
+        for _ in range(1 + self._below(4)):
+            position = self._below(len(data))
+            width = self._pick((1, 1, 2, 4, 8))
+            value = self._pick(NUMBERS) if rng.random() < 0.5 else rng.getrandbits(64)
             piece = (value & (1 << width * 8) - 1).to_bytes(width, "little")
             data[position : position + width] = piece[: len(data) - position]
         return bytes(data)

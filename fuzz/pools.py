@@ -6,7 +6,6 @@ same name or unit. Nothing here knows any feature: names come from records and l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -39,22 +38,22 @@ class Pools:
     __slots__ = ("values",)
 
     def __init__(self) -> None:
-        self.values: dict[str, dict[int, None]] = {}
+        self.values: dict[str, list[int]] = {}
 
     def add(self, resource: str, value: int) -> None:
         """Keep `value`; zero says nothing."""
         if not value:
             return
-        pool = self.values.setdefault(resource, {})
+        pool = self.values.setdefault(resource, [])
         if value not in pool:
-            pool[value] = None
+            pool.append(value)
             if len(pool) > MAX_VALUES:
-                del pool[next(iter(pool))]
+                del pool[0]
 
     def draw(self, rng: Random, resource: str) -> int | None:
         """Some value of a resource, None when none is known."""
         pool = self.values.get(resource)
-        return rng.choice(list(pool)) if pool else None
+        return pool[int(rng.random() * len(pool))] if pool else None
 
     # Harvest ----------------------------------------------------------------------------------------------------
 
@@ -91,9 +90,3 @@ class Pools:
             for offset in (0, 0x1000, vm.memory_bytes // 2, vm.memory_bytes - 0x1000):
                 self.add("spa", vm.memory_spa + offset)
                 self.add("gpa", offset)
-
-    def restore(self, values: dict[str, Sequence[int]]) -> None:
-        """Take over values that were written out."""
-        for resource, found in values.items():
-            for value in found:
-                self.add(resource, value)

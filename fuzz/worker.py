@@ -13,13 +13,16 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from sevlab.core.oracle import Finding
+from sevlab.core.plugins import load
 from sevlab.core.vocabulary import Record
 from sevlab.fuzz.engine import Budget, make_engine
+from sevlab.fuzz.feedback import Coordinate
 from sevlab.fuzz.paired import Paired
 from sevlab.fuzz.runner import Run, Runner
 from sevlab.fuzz.store import Store
@@ -53,10 +56,10 @@ class Worker:
         self._cpu = time.process_time()
         self._inputs = self._steps = 0
         self._new = False
-        self._known: set[Any] = set()
+        self._known = 0
         self._last = max((number for number, _ in store.inputs(self._target)), default=0)
 
-    def told(self, data: bytes, steps: Sequence[Record], run: Run) -> bool:
+    def told(self, steps: Sequence[Record], run: Run) -> bool:
         """Take the result of one input."""
         signal.setitimer(signal.ITIMER_REAL, INPUT_SECONDS)
         self._inputs += 1
@@ -64,20 +67,21 @@ class Worker:
         findings = run.findings
         if run.new:
             self._new = True
-            self._store.add_input(self._target, data, worker=self._number, new=run.new)
+            self._store.add_input(self._target, self._runner.codec.encode(steps), worker=self._number, new=run.new)
         if not findings and (run.new or not self._inputs % self._paired.EVERY):
             findings = self._paired.judge(steps)
         if findings:
-            self._keep(data, steps, findings)
+            self._keep(steps, findings)
         if time.monotonic() - self._at >= REPORT_SECONDS:
             self.report()
         return True
 
-    def _keep(self, data: bytes, steps: Sequence[Record], findings: Sequence[Finding]) -> None:
+    def _keep(self, steps: Sequence[Record], findings: Sequence[Finding]) -> None:
         """Store what is found; a finding that a second run does not show is flaky."""
         again = {
             (found.oracle, found.rule) for found in (*self._runner.run(steps).findings, *self._paired.judge(steps))
         }
+        data = self._runner.codec.encode(steps)
         for finding in findings:
             flaky = (finding.oracle, finding.rule) not in again
             self._store.add_finding(self._target, finding, data, flaky=flaky)
@@ -85,9 +89,9 @@ class Worker:
     def report(self) -> None:
         """Write the numbers since the last report."""
         now, cpu, feedback = time.monotonic(), time.process_time(), self._runner.feedback
-        fresh = [key for key in feedback.seen if key not in self._known]
+        fresh = [key for key in islice(feedback.reached, self._known, None) if isinstance(key, Coordinate)]
+        self._known = len(feedback.reached)
         if fresh:
-            self._known.update(fresh)
             self._store.add_reached(self._target, (json.dumps(key) for key in fresh))
         self._store.count(
             self._target,
@@ -96,7 +100,7 @@ class Worker:
             steps=self._steps,
             seconds=cpu - self._cpu,
             states=len(feedback.states),
-            coordinates=len(feedback.seen),
+            coordinates=sum(1 for _ in feedback.coordinates),
             new=self._new,
         )
         self._at, self._cpu, self._inputs, self._steps, self._new = now, cpu, 0, 0, False
@@ -122,11 +126,7 @@ def main() -> None:
     engine = make_engine(options["engine"])
     given = given_modules(options["given"])
     target = target_named(name, None) if not given else {**all_targets()}[name]
-    if engine.name == "atheris":
-        from sevlab.core.plugins import load
-        from sevlab.fuzz.atheris_engine import handler_modules, instrument
-
-        instrument(handler_modules(load([*target.plugins, *given], given=given)))
+    engine.prepare(load([*target.plugins, *given], given=given))
     seed = options["seed"] * 1000 + number
     runner = Runner(target, given=given, seed=seed)
     store = Store(Path(folder))

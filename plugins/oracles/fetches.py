@@ -23,6 +23,7 @@ class SingleFetch:
     """
 
     name = "single-fetch"
+    after = JUDGED
     documentation = (
         "A handler takes one snapshot of a message that the other side can write and decides on that: no byte is"
         " fetched twice within a VMGEXIT. Needs the machine's fetch log (fuzzing turns it on)."
@@ -31,8 +32,7 @@ class SingleFetch:
 
     def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
         log = machine.fetches.log
-        kind = spec_of(step).kind
-        if not log or len(log) < 2 or kind not in JUDGED:
+        if not log or len(log) < 2:
             return ()
         spans = sorted(
             (fetch.area_spa, fetch.spa, fetch.spa + fetch.length_bytes, fetch.number)
@@ -45,7 +45,7 @@ class SingleFetch:
                 area, end = this_area, -1
             if start < end:
                 message = f"fetches {min(number, this)} and {max(number, this)} both read {start:#x}"
-                return (Finding(self.name, "twice", message, kind),)
+                return (Finding(self.name, "twice", message, spec_of(step).kind),)
             if stop > end:
                 end, number = stop, this
         return ()

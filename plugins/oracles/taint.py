@@ -18,6 +18,7 @@ class OwnerTaint:
     """No page in the open holds bytes that are tagged as a guest's own."""
 
     name = "taint"
+    after: tuple[str, ...] = ()
     documentation = (
         "Bytes that a guest holds private never lie in memory that is not encrypted, unless the guest put them there"
         " as public: whoever copies them into a GHCB or a reply leaks them. Source: arXiv 2010.07094, edk2 85b8eac59b."
@@ -33,12 +34,8 @@ class OwnerTaint:
             page = machine.memory.pages.get(pfn)
             if page is None or page.key is not None or page.mixed:
                 continue
-            if owners := encrypted & owners_of(page):
+            tags = (page.tag,) if page.tags is None else page.tags
+            if owners := [tag for tag in encrypted if tag in tags]:
                 message = f"page {pfn << 12:#x} is in the open and holds bytes of tag {min(owners)}"
                 findings.append(Finding(self.name, "private", message))
         return tuple(findings)
-
-
-def owners_of(page: Page) -> set[int]:
-    """The tags in a page."""
-    return {page.tag} if page.tags is None else set(page.tags)

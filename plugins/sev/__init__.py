@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.core.oracle import StateCounter
 from sevlab.plugins.sev import asids, certificates, chain, crypto, identity, owner, transfers, vmsa_slots
 from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm, EcPublicKey
 from sevlab.plugins.sev.chain import ARK_ROOTS
@@ -30,7 +29,7 @@ from sevlab.plugins.sev.driver import (
     run,
     stop_guest,
 )
-from sevlab.plugins.sev.fuzzing import ORACLES, TARGETS
+from sevlab.plugins.sev.fuzzing import COUNTERS, ORACLES, TARGETS
 from sevlab.plugins.sev.host import CoreWbinvd
 from sevlab.plugins.sev.launch_digest import SevLaunchDigest
 from sevlab.plugins.sev.legacy import LAYOUTS, LEGACY, LEGACY_COMMANDS
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
-    from sevlab.core.oracle import Oracle, Target
+    from sevlab.core.oracle import Oracle, StateCounter, Target
     from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
@@ -157,12 +156,7 @@ def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
 
 @hookimpl
 def sevlab_state_counters() -> tuple[StateCounter, ...]:
-    return (
-        StateCounter(PLATFORM.name, lambda machine: (sev_state(machine).state.name,)),
-        StateCounter(
-            GUEST.name, lambda machine: tuple(guest.state.name for guest in sev_state(machine).guests.values())
-        ),
-    )
+    return COUNTERS
 
 
 @hookimpl

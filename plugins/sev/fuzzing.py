@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 from sevlab.core.events import Party
 from sevlab.core.listening import steps_of
-from sevlab.core.oracle import Finding, Oracle, Target
+from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
 from sevlab.core.units import PAGE_BYTES
 from sevlab.core.vocabulary import Outcome, Record, spec_of
 from sevlab.plugins.sev import driver
 from sevlab.plugins.sev.context import sev_state
 from sevlab.plugins.sev.numbers import Command
-from sevlab.plugins.sev.states import GuestState, PlatformState
+from sevlab.plugins.sev.states import GUEST, PLATFORM, GuestState, PlatformState
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
@@ -52,6 +53,7 @@ class ResourceBalance:
     """What the firmware holds for guests belongs to guests that live."""
 
     name = "sev.balance"
+    after: tuple[str, ...] = ()
     documentation = (
         "Every checksum of a VMSA in the TMR belongs to a live guest, and every live guest's are there; memory keys are"
         " never more than activations. Source: 55766, DECOMMISSION; CVE-2021-47389 is the host's side of it."
@@ -72,6 +74,20 @@ class ResourceBalance:
 
 
 ORACLES: tuple[Oracle, ...] = (ContextInvariants(), ResourceBalance())
+
+
+def _platform(machine: Machine) -> tuple[Hashable, ...]:
+    return (machine.components["sev"].state,)  # type: ignore[union-attr]  # asked after every step
+
+
+def _guests(machine: Machine) -> tuple[Hashable, ...]:
+    return tuple([guest.state for guest in machine.components["sev"].guests.values()])  # type: ignore[union-attr]
+
+
+COUNTERS: tuple[StateCounter, ...] = (
+    StateCounter(PLATFORM.name, _platform, of=lambda machine: (sev_state(machine),)),
+    StateCounter(GUEST.name, _guests, of=lambda machine: (sev_state(machine),)),
+)
 
 
 def boot(machine: Machine) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.core.oracle import StateCounter
 from sevlab.core.porting import Porting
 from sevlab.plugins.sev_es import guest_driver, hardware, hypervisor, msr_layout, startup
 from sevlab.plugins.sev_es.declare import (
@@ -34,7 +33,7 @@ from sevlab.plugins.sev_es.declare import (
 )
 from sevlab.plugins.sev_es.events import EVENTS as REGISTER_EVENTS
 from sevlab.plugins.sev_es.exits import ExitClass, exit_class
-from sevlab.plugins.sev_es.fuzzing import ORACLES, PAYLOADS, TARGETS
+from sevlab.plugins.sev_es.fuzzing import COUNTERS, ORACLES, PAYLOADS, TARGETS
 from sevlab.plugins.sev_es.ghcb import (
     PROTOCOL_MAX,
     PROTOCOL_MIN,
@@ -106,8 +105,7 @@ if TYPE_CHECKING:
 
     from sevlab.core.builder import PluginBuilder
     from sevlab.core.layout import Layout
-    from sevlab.core.machine import Machine
-    from sevlab.core.oracle import Oracle, Target
+    from sevlab.core.oracle import Oracle, StateCounter, Target
     from sevlab.core.payload import Payload
     from sevlab.core.statemachine import StateMachine
 
@@ -253,15 +251,7 @@ def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
 
 @hookimpl
 def sevlab_state_counters() -> tuple[StateCounter, ...]:
-    return (StateCounter("sev_es.hold", _holds), StateCounter("sev_es.conversation", _stages))
-
-
-def _holds(machine: Machine) -> tuple[str, ...]:
-    return tuple(Hold(vcpu.hold).name for vcpu in sev_es_state(machine).vcpus.values())
-
-
-def _stages(machine: Machine) -> tuple[str, ...]:
-    return tuple(vcpu.stage.name for vcpu in sev_es_state(machine).order.vcpus.values())
+    return COUNTERS
 
 
 @hookimpl

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
 
 from sevlab.core.config import GuestConfig
 from sevlab.core.cpu import CONTROL_SEV_ES
 from sevlab.core.events import CpuExit, Party, Schedule, SetRegisters
-from sevlab.core.oracle import Finding, Oracle, Target
+from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
 from sevlab.core.payload import Message, Payload
 from sevlab.core.svm import ExitCode
 from sevlab.core.units import PAGE_MASK
@@ -21,8 +22,10 @@ from sevlab.plugins.sev_es.msr_requests import REQUESTS
 from sevlab.plugins.sev_es.profiles import initial_vmsa
 from sevlab.plugins.sev_es.records import GhcbRequest, GuestSetup, VcDelivered, Vmgexit
 from sevlab.plugins.sev_es.startup import set_up_vcpus
+from sevlab.plugins.sev_es.states import Hold, SevEsState, sev_es_state
 
 if TYPE_CHECKING:
+    from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
 GHCB_GPA = 0x5000
@@ -97,26 +100,28 @@ class VcpuInvariants:
     """What the hypervisor keeps of an encrypted vCPU is architecturally possible."""
 
     name = "sev_es.vcpu"
+    after = ("sev_es.vmgexit",)
     documentation = (
         "XCR0 that a guest reports has x87 set, AVX only with SSE; a vCPU that runs under SEV-ES has a save area at an"
         " aligned address. Source: 24594, XSETBV; 24593, 15.35 (VMRUN); KVM's sync of XCR0 from the GHCB."
     )
 
     def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
-        if not isinstance(step, Vmgexit):
-            return ()
-        wrong: list[tuple[str, str]] = []
-        for vcpu_id, vcpu in machine.vcpus.items():
-            xcr0 = vcpu.system.xcr0
-            if not xcr0 & X87 or (xcr0 & AVX and not xcr0 & SSE):
-                wrong.append(("xcr0", f"vCPU {vcpu_id}: XCR0 is {xcr0:#x}"))
-            running = vcpu.vmcb.encryption_control & CONTROL_SEV_ES and not (vcpu.stopped or vcpu.halted)
-            if running and (vcpu.vmcb.vmsa_pa & PAGE_MASK or vcpu.vmcb.vmsa_pa >= machine.memory.size_bytes):
-                wrong.append(("vmsa", f"vCPU {vcpu_id} runs with a save area at {vcpu.vmcb.vmsa_pa:#x}"))
-        return tuple(Finding(self.name, rule, message, spec_of(step).kind) for rule, message in wrong)
+        vcpu = machine.vcpus.get(step[0])
+        return () if vcpu is None else self._judge(machine, vcpu, spec_of(step).kind)
 
     def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
-        return ()
+        return tuple(found for vcpu in machine.vcpus.values() for found in self._judge(machine, vcpu, ""))
+
+    def _judge(self, machine: Machine, vcpu: Vcpu, handler: str) -> tuple[Finding, ...]:
+        xcr0, vmcb = vcpu.system.xcr0, vcpu.vmcb
+        wrong: list[tuple[str, str]] = []
+        if not xcr0 & X87 or (xcr0 & AVX and not xcr0 & SSE):
+            wrong.append(("xcr0", f"vCPU {vcpu.vcpu_id}: XCR0 is {xcr0:#x}"))
+        runs = vmcb.encryption_control & CONTROL_SEV_ES and not (vcpu.stopped or vcpu.halted)
+        if runs and (vmcb.vmsa_pa & PAGE_MASK or vmcb.vmsa_pa >= machine.memory.size_bytes):
+            wrong.append(("vmsa", f"vCPU {vcpu.vcpu_id} runs with a save area at {vmcb.vmsa_pa:#x}"))
+        return tuple([Finding(self.name, rule, message, handler) for rule, message in wrong])
 
 
 class PrivateMmio:
@@ -149,6 +154,7 @@ class VcProvenance:
     """
 
     name = "sev_es.provenance"
+    after = ("exit",)
     documentation = (
         "A #VC handler sends a request only when the bytes at RIP are an instruction that can raise this exit code."
         " Source: Linux vc_check_opcode_bytes (CVE-2024-25742); edk2 VmgExitLib."
@@ -176,6 +182,28 @@ class VcProvenance:
 
 ORACLES: tuple[Oracle, ...] = (VcpuInvariants(), VcProvenance(), PrivateMmio())
 ORACLE_NAMES = tuple(oracle.name for oracle in ORACLES)
+
+# State feedback -------------------------------------------------------------------------------------------------------
+
+
+def _vcpus(machine: Machine) -> tuple[Hashable, ...]:
+    state: SevEsState = machine.components["sev_es"]  # type: ignore[assignment]  # asked after every step
+    return tuple([(vcpu.hold, vcpu.started, vcpu.registered_gpa) for vcpu in state.vcpus.values()])
+
+
+def _vcpu_words(raw: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(f"{Hold(hold).name}{int(started)}{int(gpa >= 0)}" for hold, started, gpa in raw)
+
+
+def _stages(machine: Machine) -> tuple[Hashable, ...]:
+    state: SevEsState = machine.components["sev_es"]  # type: ignore[assignment]
+    return tuple([vcpu.stage for vcpu in state.order.vcpus.values()])
+
+
+COUNTERS: tuple[StateCounter, ...] = (
+    StateCounter("sev_es.hold", _vcpus, _vcpu_words, lambda machine: (sev_es_state(machine).vcpus,)),
+    StateCounter("sev_es.conversation", _stages, of=lambda machine: (sev_es_state(machine).order,)),
+)
 
 # Targets --------------------------------------------------------------------------------------------------------------
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from struct import Struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sevlab.core.events import Party
 from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
 from sevlab.core.payload import Message, Payload
-from sevlab.core.units import PAGE_MASK
+from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 from sevlab.core.vocabulary import Outcome, Record, spec_of
 from sevlab.plugins.sev_es import Ghcb, MsrInfo, NaeCode, Vmgexit, msr_layout
 from sevlab.plugins.snp.context import VMPCKS
 from sevlab.plugins.snp.ghcb_events import EVENTS, MSR_REQUESTS
 from sevlab.plugins.snp.layout import ASID, ASID_SHIFT, ASSIGNED, PAGE_SIZE
 from sevlab.plugins.snp.records import MessageAnswered
-from sevlab.plugins.snp.rmp import BOOKKEEPING_BYTES, ENTRY_BYTES, PAGES_PER_2M, PAIR, state_of
-from sevlab.plugins.snp.states import PageState, snp_state
+from sevlab.plugins.snp.rmp import (
+    BOOKKEEPING_BYTES,
+    ENTRY_BYTES,
+    PAGES_PER_2M,
+    PAIR,
+    entry_address,
+    read_entry,
+    region_of,
+    state_of,
+)
+from sevlab.plugins.snp.states import PageState, SnpState, page_state, snp_state
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
+    from sevlab.core.state import StateDict, Stateful
 
 
 COUNTERS_IN_TABLE = Struct("<1024Q")
@@ -153,43 +164,87 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
-def _platform(machine: Machine) -> tuple[str, ...]:
-    platform = snp_state(machine).platform
-    return (platform.state.name, f"guests{min(len(platform.guests), 3)}", f"vlek{int(bool(platform.vlek))}")
+# State feedback: what is read after every step is as it lies there; words are made of it once.
+
+PAGES = 16
+"""So many pages from the start of each VM's memory are looked at."""
 
 
-def _guests(machine: Machine) -> tuple[str, ...]:
-    return tuple(
-        f"{guest.state.name}{int(bool(guest.asid))}{int(guest.imi_en)}"
-        for guest in snp_state(machine).platform.guests.values()
-    )
+def _snp(machine: Machine) -> SnpState:
+    return machine.components["snp"]  # type: ignore[return-value]  # asked after every step: a cast costs a call
 
 
-def _messages(machine: Machine) -> tuple[str, ...]:
-    return tuple(
-        "".join(str(min(guest.message_counts[number] // 2, 3)) for number in range(VMPCKS))
-        for guest in snp_state(machine).platform.guests.values()
-    )
+def _platform(machine: Machine) -> tuple[Hashable, ...]:
+    platform = _snp(machine).platform
+    return (platform.state, len(platform.guests), bool(platform.vlek))
 
 
-def _pages(machine: Machine) -> tuple[str, ...]:
-    """Which page states occur among the first pages of each VM: a small set, not their number."""
-    return tuple(
-        "".join(sorted({state_of(machine, vm.memory_spa + offset).name[:9] for offset in range(0, 0x10000, 0x1000)}))
-        for vm in machine.hypervisor.vms.values()
-    )
+def _platform_words(raw: tuple[Any, ...]) -> tuple[str, ...]:
+    state, guests, vlek = raw
+    return (state.name, f"guests{min(guests, 3)}", f"vlek{int(vlek)}")
 
 
-def _vmpls(machine: Machine) -> tuple[str, ...]:
-    return tuple(f"{vcpu.vmpl}{int(vcpu.halted)}{int(vcpu.stopped)}" for vcpu in machine.vcpus.values())
+def _guests(machine: Machine) -> tuple[Hashable, ...]:
+    guests = _snp(machine).platform.guests.values()
+    return tuple([(guest.state, bool(guest.asid), guest.imi_en) for guest in guests])
+
+
+def _guest_words(raw: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(f"{state.name}{int(assigned)}{int(imi_en)}" for state, assigned, imi_en in raw)
+
+
+def _messages(machine: Machine) -> tuple[Hashable, ...]:
+    return tuple([guest.message_counts for guest in _snp(machine).platform.guests.values()])
+
+
+def _message_words(raw: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple("".join(str(min(counts[number] // 2, 3)) for number in range(VMPCKS)) for counts in raw)
+
+
+def _pages(machine: Machine) -> tuple[Hashable, ...]:
+    """The entries of the first pages of each VM, with the one that rules their region of 2 MiB."""
+    found = []
+    for vm in machine.hypervisor.vms.values():
+        spa = vm.memory_spa
+        first, head = entry_address(machine, spa), read_entry(machine, region_of(spa))
+        raw = b"" if first is None else machine.memory.read(first, PAGES * ENTRY_BYTES, None)
+        found.append((raw, head.low if head is not None and head.huge and head.low & ASSIGNED else None))
+    return tuple(found)
+
+
+def _page_parts(machine: Machine) -> tuple[Stateful | StateDict[Any, Any] | int, ...]:
+    """The pages of the table that `_pages` looks at, and the state, which says where the table is."""
+    spas = [vm.memory_spa + offset for vm in machine.hypervisor.vms.values() for offset in (0, PAGES * PAGE_BYTES)]
+    spas += [region_of(spa) for spa in spas]
+    places = {entry_address(machine, spa) for spa in spas} - {None}
+    return (snp_state(machine), *sorted({place >> PAGE_SHIFT for place in places if place is not None}))
+
+
+def _page_words(raw: tuple[Any, ...]) -> tuple[str, ...]:
+    """Which page states occur: a small set, not their number."""
+    words = []
+    for entries, head in raw:
+        lows = {
+            low if head is None or low & (ASSIGNED | ASID) != ASSIGNED else head for low, _ in PAIR.iter_unpack(entries)
+        }
+        words.append("".join(sorted({page_state(low).name[:9] for low in lows})))
+    return tuple(words)
+
+
+def _vmpls(machine: Machine) -> tuple[Hashable, ...]:
+    return tuple([(vcpu.vmpl, vcpu.halted, vcpu.stopped) for vcpu in machine.vcpus.values()])
+
+
+def _vmpl_words(raw: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(f"{vmpl}{int(halted)}{int(stopped)}" for vmpl, halted, stopped in raw)
 
 
 COUNTERS: tuple[StateCounter, ...] = (
-    StateCounter("snp.platform", _platform),
-    StateCounter("snp.guest", _guests),
-    StateCounter("snp.messages", _messages),
-    StateCounter("snp.page", _pages),
-    StateCounter("snp.vcpus", _vmpls),
+    StateCounter("snp.platform", _platform, _platform_words, lambda machine: (snp_state(machine).platform,)),
+    StateCounter("snp.guest", _guests, _guest_words, lambda machine: (snp_state(machine).platform,)),
+    StateCounter("snp.messages", _messages, _message_words, lambda machine: (snp_state(machine).platform,)),
+    StateCounter("snp.page", _pages, _page_words, _page_parts),
+    StateCounter("snp.vcpus", _vmpls, _vmpl_words),
 )
 
 

@@ -121,7 +121,7 @@ def ours(trial, *, seeds=True):
     runner = trial.runner
     corpus = [runner.codec.encode(steps) for steps in runner.seeds()] if seeds else []
     trial.begin()
-    BuiltinEngine().fuzz(runner, corpus, Budget(seed=trial.seed), lambda _data, _steps, run: trial.take(run))
+    BuiltinEngine().fuzz(runner, corpus, Budget(seed=trial.seed), lambda _steps, run: trial.take(run))
 
 
 def without_states(trial):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from sevlab.core.state import Journal, StateDict, Stateful, capture, new, restore
+from sevlab.core.state import Journal, StateDict, Stateful, capture, new, parts, restore
 
 
 class Leaf(Stateful):
@@ -57,6 +57,13 @@ def test_only_changed_objects_are_in_the_journal():
     root.leaf.number = 1
     root.leaf.text = "x"
     assert journal.changed == [root.leaf]
+
+
+def test_the_parts_of_a_tree_are_all_its_objects_and_containers():
+    root, _ = marked()
+    assert [id(part) for part in parts((root, 7))] == [
+        id(item) for item in (root, root.leaf, root.table, root.table[1], root.numbers)
+    ]
 
 
 def test_reading_notes_nothing():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from sevlab.core.events import AdvanceClock, CpuExit, MemoryWrite, Party, Space
 from sevlab.core.memory import guest_tag
+from sevlab.core.oracle import Finding, OracleSink
 from sevlab.core.testing import make_machine
 from sevlab.core.vocabulary import Outcome
 from sevlab.fuzz.runner import Runner
@@ -147,3 +148,29 @@ def test_buffers_are_checked_by_the_sink(ghcb):
     assert ghcb.run((CPUID,)).findings == ()
     ghcb.machine.tables.steps[Vmgexit] = lambda machine, step: window.read(4090, 8)
     assert rules(ghcb.run((CPUID,)).findings) == {("invariant", "buffer.bounds")}
+
+
+def test_an_oracle_is_asked_only_after_the_steps_that_it_names(ghcb):
+    asked = []
+
+    class After:
+        name, documentation, after = "after", "Asked after a VMGEXIT alone.", ("sev_es.vmgexit",)
+
+        def step_end(self, machine, step, outcome):
+            asked.append(type(step))
+            return (Finding("after", "asked", ""),)
+
+        def sequence_end(self, machine):
+            return ()
+
+    sink = OracleSink((After(),))
+    for step in (AdvanceClock(1), CPUID, AdvanceClock(1)):
+        sink.step_end(ghcb.machine, step, NOTHING)
+    assert asked == [Vmgexit]
+    assert rules(sink.sequence_end(ghcb.machine)) == {("after", "asked")}
+
+
+def test_every_vcpu_is_judged_at_the_end(ghcb):
+    ghcb.machine.vcpus[1].system.xcr0 = 5
+    assert VcpuInvariants().step_end(ghcb.machine, CPUID, NOTHING) == ()
+    assert rules(VcpuInvariants().sequence_end(ghcb.machine)) == {("sev_es.vcpu", "xcr0")}

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sevlab.core.oracle import OracleSink
 from sevlab.core.testing import step_strategy
+from sevlab.fuzz.feedback import words_of
 from sevlab.plugins.snp.fuzzing import COUNTERS, ORACLES, TARGETS
 from sevlab.plugins.snp.rmp import entry_address
 from sevlab.plugins.snp.states import snp_state
@@ -37,7 +38,7 @@ def test_targets_name_steps_and_oracles(machine):
 
 def test_counters_read_short_tuples(machine):
     for counter in COUNTERS:
-        values = counter.read(machine)
+        values = words_of(counter, counter.read(machine))
         assert values
         assert all(isinstance(value, str) and len(value) < 80 for value in values)
 
