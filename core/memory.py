@@ -166,12 +166,11 @@ class Memory:
         if (page is None or page.epoch != epoch) and pfn not in self._saved:
             self._saved[pfn] = page
         fresh = Page(bytearray(self._view(page, pfn, key)) if keep else ZERO_PAGE, key, epoch)
-        old_key = None
+        old_key = None if page is None else page.key
         if page is not None:
             fresh.tag = page.tag
             fresh.tags = None if page.tags is None else page.tags[:]
             fresh.mixed = keep and (page.mixed or page.key is not key)
-            old_key = page.key
         if pfn in self.lent:
             self._recall(pfn)
         self.pages[pfn] = fresh
