@@ -245,7 +245,7 @@ class Access:
         if known is not None and not kind & known.refused:
             return known
         kept = self._kept.get(page)
-        if kept is not None and not kind & kept[0].refused and kept[1].isdisjoint(self._memory.written()):
+        if kept is not None and not kind & kept[0].refused and self._memory.unwritten(kept[1]):
             self._nested[page] = kept[0]
             return kept[0]
         self._walked.clear()
@@ -261,7 +261,7 @@ class Access:
         if isinstance(found, NestedFault):
             raise FaultUnwind(Fault(ExitCode.NPF, found.error_code, gpa))
         mapped = self._nested[page] = Mapped.of(found)
-        if self._walked.isdisjoint(self._memory.written()):
+        if self._memory.unwritten(self._walked):
             self._kept[page] = mapped, set(self._walked)
         return mapped
 

@@ -392,6 +392,10 @@ class Memory:
             return before is not page
         return page.key is not before.key or page.data != before.data
 
+    def unwritten(self, pfns: set[int]) -> bool:
+        """Whether none of these pages can have been written since the mark."""
+        return pfns.isdisjoint(self._saved)
+
     def mark(self, *, keep_lent: bool = False) -> None:
         """Make the present content what `reset` returns to; `keep_lent`: an engine goes on executing on its pages."""
         self._stay_lent = keep_lent
@@ -429,7 +433,7 @@ class Memory:
             if pfn not in lent or page is None or before is None or page.key is not before.key:
                 moved.append(pfn)
                 continue
-            page.data[:] = before.data
+            page.data[:] = before.data  # type: ignore[index]  # lent
             page.tag, page.mixed = before.tag, before.mixed
             page.tags = None if before.tags is None else before.tags[:]
             page.cipher = page.view = None

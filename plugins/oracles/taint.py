@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.memory import guest_tag
 from sevlab.core.oracle import Finding
-from sevlab.core.pages import Page
 from sevlab.core.vocabulary import Outcome, Record
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
-    from sevlab.core.pages import Page
 
 
 class OwnerTaint:
