@@ -407,8 +407,11 @@ class EngineSink(Protocol):
         the instruction.
         """
 
-    def nested_fault(self, gpa: int, error_code: int) -> None:
-        """An engine that walks the guest's tables itself lacks a nested translation."""
+    def nested_fill(self, gpa: int, kind: int) -> tuple[int, int] | None:
+        """A nested translation that an engine lacks which walks the guest's tables itself; the answer as of `fill`.
+
+        `gpa` has the C-bit in it. None: the engine reports exit NPF.
+        """
 
     def exit(self, exit_code: int, exit_info_1: int) -> None:
         """The guest is about to do what SVM can intercept; its registers are in the vCPU, RIP at the instruction.
@@ -425,14 +428,33 @@ class CpuEngine(Protocol):
 
     name: str
 
-    def run(self, max_instructions: int) -> bool:
-        """Execute until `stop`, a refused `fill` (False), or `max_instructions` (True)."""
+    def run(self, ticks: int) -> bool:
+        """Execute until `stop`, a refused `fill` (False), or about `ticks` have passed (True).
+
+        A tick is about an instruction, and the same code always takes the same.
+        """
+
+    def limit(self, ticks: int) -> None:
+        """From within a report: end `run` after about `ticks` from now, if it would end later."""
+
+    def elapsed(self) -> int:
+        """Ticks of execution since this was asked last."""
 
     def stop(self) -> None:
         """From within a report: end `run` when the report has been dealt with."""
 
+    @property
+    def fault_address(self) -> int:
+        """From within the report of a #PF: the linear address. Only an engine that walks the guest's tables has any."""
+
     def flush(self) -> None:
         """Forget every translation."""
+
+    def withdraw(self, spa: int) -> None:
+        """Forget every translation that leads to the page at `spa`."""
+
+    def forget(self) -> None:
+        """Forget every translation, also nested ones."""
 
     def drop_page(self) -> bool:
         """From within the report of an INVLPG: forget the translation of its one page; False: only `flush` can."""

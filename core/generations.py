@@ -35,5 +35,7 @@ GENERATIONS = {
         Generation("milan", 128, 51, 5, 48, 509, 4, 0x1486, coherent=True),
         Generation("genoa", 128, 51, 6, 52, 1006, 4, 0x14CA, coherent=True),
         Generation("turin", 256, 51, 6, 52, 1006, 4, 0x17D8, coherent=True),
+        # No part of AMD's: a Milan whose C-bit lies within 40 bits, for engines that walk guests' tables themselves.
+        Generation("narrow", 128, 39, 1, 40, 509, 4, 0x1486, coherent=True),
     )
 }

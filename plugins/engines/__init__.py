@@ -15,7 +15,7 @@ from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
 from sevlab.plugins.engines import cpuid, msrs
 from sevlab.plugins.engines.execution import Ended, Execution
-from sevlab.plugins.engines.launch import Booted, Feature, boot, compose
+from sevlab.plugins.engines.launch import Booted, Feature, Paging, boot, compose
 from sevlab.plugins.engines.loaders.image import GuestImage
 from sevlab.plugins.engines.records import Idle, idle
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REQUIRES: tuple[str, ...] = ("sme", "sev", "sev_es", "io")
 
-__all__ = ["Booted", "Ended", "Execution", "Feature", "GuestImage", "boot", "compose"]
+__all__ = ["Booted", "Ended", "Execution", "Feature", "GuestImage", "Paging", "boot", "compose"]
 
 
 @hookimpl
@@ -34,7 +34,7 @@ def sevlab_options() -> tuple[Option, ...]:
 
 @hookimpl
 def sevlab_register(builder: PluginBuilder) -> None:
-    cpuid.register(builder, physical_bits=48)
+    cpuid.register(builder, physical_bits=min(48, builder.config.part.physical_bits))
     msrs.register(builder)
     builder.steps.add(Idle, idle)
 

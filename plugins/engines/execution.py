@@ -4,8 +4,8 @@ Policy is not here. What the VMCB intercepts goes through `Machine.apply` and co
 a #VC, a guest that goes on. What it does not intercept the processor does itself, in `native`. So a recording of the
 steps replays without the engine.
 
-Time is the virtual clock. It advances by one tick for each instruction of a slice and by a fixed cost for each exit;
-no wall clock takes part, and the same guest does the same on every run.
+Time is the virtual clock. It advances with the code that is executed, by about a tick for each instruction, and by a
+fixed cost for each exit; no wall clock takes part, and the same guest does the same on every run.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 EXIT_TICKS = 2000
 """Virtual time of an exit: about a microsecond, as a world switch and back takes."""
 NATIVE_TICKS = 100
-LONGEST_SLICE, SHORTEST_SLICE, WINDOW_SLICE = 1 << 20, 1 << 10, 256
-"""Instructions: with no timer near, the least, and while a waiting interrupt cannot be taken yet."""
+LONGEST_SLICE, SHORTEST_SLICE, WINDOW_SLICE = 1 << 20, 256, 256
+"""Ticks: with no timer near, the least, and while a waiting interrupt cannot be taken yet."""
+TIMERS = frozenset((ExitCode.IOIO, ExitCode.MSR, ExitCode.VMMCALL, ExitCode.NPF, ExitCode.HLT))
+"""Reports behind which a timer may be another, or an interrupt may wait: VMMCALL is VMGEXIT as well."""
 LAST_EXITS = 32
 V_IRQ = 1 << 8
 MMIO = int(NpfError.RSVD)
@@ -98,15 +100,12 @@ class Execution:
         while self.ended is None:
             if vcpu.halted:
                 self._sleep()
-            else:
-                count = self._slice()
-                if engine.run(count):
-                    self.instructions += count
-                    self.pending_ticks += count
-                    self._between()
-                elif self.mmu.fault is not None:
-                    fault, self.mmu.fault = self.mmu.fault, None
-                    self._guard(lambda fault=fault: self.raise_fault(native.exactly(self, fault)))  # type: ignore[misc]
+            elif engine.run(self._slice()):
+                self._between()
+            elif self.mmu.fault is not None:
+                fault, self.mmu.fault = self.mmu.fault, None
+                self._guard(lambda fault=fault: self.raise_fault(native.exactly(self, fault)))  # type: ignore[misc]
+            self.now()
             if self.watch is not None:
                 self.watch(self)
             self._check_stopped()
@@ -122,17 +121,22 @@ class Execution:
             reason = self.machine.vm_of(self.vcpu).stopped
             self.ended = Ended(reason, clean=reason.startswith(("ACPI", "debug exit", "reset")))
 
-    def _now(self) -> int:
+    def now(self) -> int:
+        """The TSC at this instruction."""
+        assert self.engine is not None  # who else executes
+        ticks = self.engine.elapsed()
+        self.instructions += ticks
+        self.pending_ticks += ticks
         return self.machine.tsc() + self.pending_ticks
 
     def _slice(self) -> int:
-        """How many instructions until something may be due."""
+        """How many ticks until something may be due."""
         if self.vcpu.vmcb.vintr & V_IRQ:
             return WINDOW_SLICE
         due = io.next_event(self.machine, self.vcpu)
         if due is None:
             return LONGEST_SLICE
-        return max(SHORTEST_SLICE, min(LONGEST_SLICE, due - self._now()))
+        return max(SHORTEST_SLICE, min(LONGEST_SLICE, due - self.now()))
 
     def _between(self) -> None:
         """The host's timer ends a slice when a device's is due or an interrupt can be taken now."""
@@ -144,7 +148,7 @@ class Execution:
                 self._guard(lambda: self.leave(ExitCode.VINTR, 0, 0, 0))
             return
         due = io.next_event(self.machine, vcpu)
-        if due is not None and due <= self._now():
+        if due is not None and due <= self.now():
             self._guard(lambda: self.leave(ExitCode.INTR, 0, 0, 0))
 
     def _sleep(self) -> None:
@@ -154,7 +158,7 @@ class Execution:
         if due is None or not waits:
             self.end("halted: interrupts are off" if not waits else "halted: no timer is set", clean=not waits)
             return
-        ticks = self.pending_ticks + max(0, due - self._now())
+        ticks = max(0, due - self.now()) + self.pending_ticks
         self.pending_ticks = 0
         self._show_registers()
         self._guard(lambda: self._follow(self.apply(Idle(self.vcpu.vcpu_id, ticks))))
@@ -174,10 +178,13 @@ class Execution:
         if self.vcpu.halted or self.vcpu.stopped or self.ended is not None:
             assert self.engine is not None  # who else reports
             self.engine.stop()
+        elif exit_code in TIMERS:
+            assert self.engine is not None
+            self.engine.limit(self._slice())
 
-    def nested_fault(self, gpa: int, error_code: int) -> None:
+    def nested_fill(self, gpa: int, kind: int) -> tuple[int, int] | None:
         """See `EngineSink`."""
-        self.raise_fault(Fault(ExitCode.NPF, error_code, gpa))
+        return self.mmu.nested_fill(gpa, kind)
 
     def _guard(self, report: Callable[[], None]) -> None:
         """A fault of the kernel's own access for the guest is the guest's fault."""
@@ -229,9 +236,9 @@ class Execution:
         self._follow(self.apply(step))
 
     def _pass_time(self) -> None:
-        if self.pending_ticks:
-            ticks, self.pending_ticks = self.pending_ticks, 0
-            self.apply(AdvanceClock(ticks))
+        self.now()
+        ticks, self.pending_ticks = self.pending_ticks, 0
+        self.apply(AdvanceClock(ticks))
 
     def _follow(self, outcome: Outcome) -> None:
         """What the machine answered becomes what the guest sees."""

@@ -60,9 +60,17 @@ class Booted(NamedTuple):
     recorded: bool = False
 
 
-def compose(*, memory_bytes: int, cpus: int = 1, seed: bytes = b"\0") -> Machine:
-    """The machine that a guest runs on."""
+class Paging(Enum):
+    """Who walks the guest's page tables: the kernel for each translation, or the engine through nested tables."""
+
+    OWN = "own"
+    NESTED = "nested"
+
+
+def compose(*, memory_bytes: int, cpus: int = 1, seed: bytes = b"\0", paging: Paging = Paging.OWN) -> Machine:
+    """The machine that a guest runs on; with an engine's own paging its C-bit is 39."""
     config = MachineConfig(
+        generation="narrow" if paging is Paging.NESTED else "milan",
         seed=seed,
         memory_bytes=memory_bytes + HOST_BYTES,
         plugins=PLUGINS,
@@ -77,7 +85,12 @@ def c_bit_mask(machine: Machine, feature: Feature) -> int:
 
 
 def boot(
-    machine: Machine, image: GuestImage, feature: Feature, *, before_start: Callable[[], None] | None = None
+    machine: Machine,
+    image: GuestImage,
+    feature: Feature,
+    *,
+    paging: Paging = Paging.OWN,
+    before_start: Callable[[], None] | None = None,
 ) -> Booted:
     """Load or launch `image` as VM 0 of `machine` and put an engine on its first vCPU.
 
@@ -98,9 +111,10 @@ def boot(
     if before_start is not None:
         before_start()
     arena = Arena(machine.memory.size_bytes)
-    mmu = Mmu(machine, vcpu, arena)
+    nested = paging is Paging.NESTED
+    mmu = Mmu(machine, vcpu, arena, nested=nested)
     execution = Execution(machine, vcpu, mmu)
-    execution.attach(UnicornCpu(vcpu, arena.map, execution))
+    execution.attach(UnicornCpu(vcpu, arena.map, execution, nested=nested))
     execution.enter()
     return Booted(machine, vm, execution, image, digest, before_start is not None)
 

@@ -56,10 +56,12 @@ class Arena:
 class Mmu:
     """Translations of one vCPU; `core.access` asks it first, and the engine for what its TLB lacks."""
 
-    def __init__(self, machine: Machine, vcpu: Vcpu, arena: Arena) -> None:
+    def __init__(self, machine: Machine, vcpu: Vcpu, arena: Arena, *, nested: bool = False) -> None:
         self._machine, self._vcpu, self._arena = machine, vcpu, arena
         self._memory, self._access = machine.memory, machine.access
         self.engine: CpuEngine | None = None
+        self.nested = nested
+        """The engine walks the guest's tables itself and knows which of its translations lead to which page."""
         self._c_bit = machine.vm_of(vcpu).c_bit_mask
         self._mask = ADDRESS & ~self._c_bit
         self._reserved = RESERVED & ~self._c_bit
@@ -106,6 +108,8 @@ class Mmu:
         self._places.clear()
         self._tables.clear()
         self.flush()
+        if self.nested and self.engine is not None:
+            self.engine.forget()
 
     # For the engine ---------------------------------------------------------------------------------------------
 
@@ -125,6 +129,16 @@ class Mmu:
             if not (private or not self._c_bit) and kind == FETCH:
                 private, rights = True, X
             return self._lend(gva, gpa, kind, private, rights)
+        except FaultUnwind as unwind:
+            self.fault = unwind.fault
+            return None
+
+    def nested_fill(self, gpa: int, kind: int) -> tuple[int, int] | None:
+        """See `core.cpu.EngineSink`; a refusal leaves its reason in `fault`."""
+        self.fills += 1
+        private = bool(gpa & self._c_bit)
+        try:
+            return self._lend(gpa, gpa & ~self._c_bit, kind, private, R | W | X)
         except FaultUnwind as unwind:
             self.fault = unwind.fault
             return None
@@ -249,6 +263,10 @@ class Mmu:
                 rights &= ~W
         pfn = place.spa >> PAGE_SHIFT
         page = gva & -PAGE_BYTES
+        if self.nested:
+            self._own(pfn, place.key, place.tag)
+            self._fetched.add(pfn)
+            return place.spa & -PAGE_BYTES, rights
         if self._owner.get(pfn, NOT_LENT) is not place.key:
             self._filling = page
             try:
@@ -303,5 +321,8 @@ class Mmu:
         """The page leaves the engine's memory: another key, a reset, the model's own business."""
         self._owner.pop(pfn, None)
         self._tables.clear()
-        if self._filled.pop(pfn, self._filling) != self._filling or self._filling == MANY:
+        if self.nested:
+            if self.engine is not None:
+                self.engine.withdraw(pfn << PAGE_SHIFT)
+        elif self._filled.pop(pfn, self._filling) != self._filling or self._filling == MANY:
             self.flush()

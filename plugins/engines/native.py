@@ -173,13 +173,13 @@ def time_stamp(run: Execution, code: int, info: int) -> None:
         return
     regs = run.vcpu.regs
     run.pending_ticks += NATIVE_TICKS
-    now = run.machine.tsc() + run.pending_ticks + run.vcpu.vmcb.tsc_offset
+    now = run.now() + run.vcpu.vmcb.tsc_offset
     regs.rax, regs.rdx = now & MASK32, now >> 32 & MASK32
     done(run, 2)
 
 
 NATIVE_TICKS = 100
-"""Virtual time of RDTSC: without it a guest that waits for a time would wait for ever."""
+"""Virtual time of RDTSC beside that of its code."""
 
 
 def caches(run: Execution, code: int, info: int) -> None:
@@ -380,6 +380,19 @@ def debug(run: Execution, code: int, info: int) -> None:
     done(run, at + 3)
 
 
+def page_fault(run: Execution, code: int, info: int) -> None:
+    """#PF found by an engine that walks the guest's tables itself."""
+    assert run.engine is not None  # who reports
+    run.exception(Vector.PF, info, run.engine.fault_address)
+
+
+def nested_fault(run: Execution, code: int, info: int) -> None:
+    """A nested fault of such an engine, whose reason `nested_fill` left."""
+    fault, run.mmu.fault = run.mmu.fault, None
+    assert fault is not None  # the engine reports none by itself
+    run.raise_fault(fault)
+
+
 def undefined(run: Execution, code: int, info: int) -> None:
     """#UD: instructions that the engine's processor lacks and the guest's has, else the guest's exception."""
     try:
@@ -404,7 +417,7 @@ def _rdtscp(run: Execution, length: int) -> None:
         return
     regs = run.vcpu.regs
     run.pending_ticks += NATIVE_TICKS
-    now = run.machine.tsc() + run.pending_ticks + run.vcpu.vmcb.tsc_offset
+    now = run.now() + run.vcpu.vmcb.tsc_offset
     regs.rax, regs.rdx, regs.rcx = now & MASK32, now >> 32 & MASK32, run.vcpu.system.tsc_aux & MASK32
     done(run, length)
 
@@ -438,6 +451,8 @@ HANDLERS: dict[int, Callable[[Execution, int, int], None]] = {
     ExitCode.INVLPG: page,
     ExitCode.SWINT: software_interrupt,
     ExitCode.EXCEPTION_0 + Vector.UD: undefined,
+    ExitCode.EXCEPTION_0 + Vector.PF: page_fault,
+    ExitCode.NPF: nested_fault,
     **dict.fromkeys(range(ExitCode.CR0_READ, ExitCode.CR0_READ + 32), control),
     **dict.fromkeys(range(ExitCode.DR0_READ, ExitCode.DR0_READ + 32), debug),
 }

@@ -64,6 +64,7 @@ class Snapshot:
             raise ConfigError("snapshots of a running guest are made with the engine unicorn")
         self._run, self._engine = run, run.engine
         self._machine, self._mmu, self._memory = run.machine, run.mmu, run.machine.memory
+        run.now()
         self._state = run.engine.snapshot()
         self._cr3 = run.vcpu.system.cr3
         self._ticks = run.pending_ticks

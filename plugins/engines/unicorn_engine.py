@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from sevlab.core.cpu import INTERRUPT_SHADOW
 from sevlab.core.errors import ConfigError
-from sevlab.core.svm import ExitCode
-from sevlab.core.units import MASK64, PAGE_BYTES
+from sevlab.core.svm import ExitCode, NpfError
+from sevlab.core.units import MASK32, MASK64, PAGE_2M_BYTES, PAGE_BYTES
+from sevlab.plugins.engines.block_clock import BlockClock
+from sevlab.plugins.engines.nested_room import NestedRoom
 from sevlab.plugins.engines.unicorn_state import CR0, EFER, HF_CPL, HFLAGS, TRAP, VERSION, Window
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ PRIVATE_SPA = 0x7F_0000_0000
 """The engine's own pages in Unicorn's physical space, beyond every machine's memory: VMCB, then the MSR map."""
 MSR_MAP = PRIVATE_SPA + 0x4000
 PRIVATE_BYTES = 0x8000
+NESTED_SPA = PRIVATE_SPA + (1 << 30)
+"""Nested tables of the engine's own."""
+FEW_TABLES = 64
 VMCB_IOPM, VMCB_MSRPM, VMCB_EXIT_INFO_2 = 0x40, 0x48, 0x80
 
 READ, WRITE, FETCH = 16, 17, 18
@@ -77,7 +82,10 @@ CONTROL_WRITES = 1 << 0 | 1 << 4 | 1 << 8
 CONTROL_READS = 1 << 4 | 1 << 8
 """CR4 and CR8 are the kernel's; CR2 and CR3 are Unicorn's business."""
 
+RIP = 16
+"""Index among the window's words."""
 DEBUG_EXIT = ExitCode.EXCEPTION_0 + 1
+NPF_WRITE = int(NpfError.W)
 
 MSRPM_BITS = ((0x0000_0000, 0x0000), (0xC000_0000, 0x4000), (0xC001_0000, 0x8000))
 """First register, and the bit of its RDMSR. Source: spec 24593, 15.11."""
@@ -114,12 +122,14 @@ STATE_MSRS = {
 class UnicornCpu:
     """One vCPU on Unicorn; `memory` is the machine's DRAM, lent to the engine page by page.
 
-    Raises `ConfigError` when Unicorn is missing, or not the version whose state this module knows.
+    With `nested`, Unicorn walks the guest's tables itself, through nested tables that are made as they are missed: a
+    miss of its TLB then costs no call, and the C-bit must lie below bit 40. Raises `ConfigError` when Unicorn is
+    missing, or not the version whose state this module knows.
     """
 
     name = "unicorn"
 
-    def __init__(self, vcpu: Vcpu, memory: mmap.mmap, sink: EngineSink) -> None:
+    def __init__(self, vcpu: Vcpu, memory: mmap.mmap, sink: EngineSink, *, nested: bool = False) -> None:
         try:
             unicorn: Any = import_module("unicorn")
             unicorn_const: Any = import_module("unicorn.unicorn_const")
@@ -136,10 +146,11 @@ class UnicornCpu:
         # An Opteron G5 has no RDRAND: it ends in #UD, and the kernel gives numbers that are the same every time.
         uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64, x86_const.UC_CPU_X86_OPTERON_G5)
         self._uc, self._handle = uc, uc._uch  # noqa: SLF001
-        uc.ctl_set_tlb_mode(unicorn_const.UC_TLB_VIRTUAL)
+        uc.ctl_set_tlb_mode(unicorn_const.UC_TLB_CPU if nested else unicorn_const.UC_TLB_VIRTUAL)
         uc.mem_map_ptr(0, len(memory), 7, ctypes.addressof(ctypes.c_char.from_buffer(memory)))
         self._private = mmap.mmap(-1, PRIVATE_BYTES)
         uc.mem_map_ptr(PRIVATE_SPA, PRIVATE_BYTES, 7, ctypes.addressof(ctypes.c_char.from_buffer(self._private)))
+        self._nested = self._nested_room(len(memory)) if nested else None
         self._write_maps()
         uc.reg_write(x86_const.UC_X86_REG_MSR, (0xC000_0080, 0x1D01))  # SVME on, while writing it still does that
         for number, value in enumerate(vcpu.system.xmm):
@@ -154,13 +165,24 @@ class UnicornCpu:
         self._hooks: list[Any] = []
         self._flush_type = unicorn_const.UC_CTL_TLB_FLUSH
         self._flush_direction = unicorn_const.UC_CTL_IO_WRITE
+        self._clock = BlockClock()
+        self.elapsed, self.limit = self._clock.elapsed, self._clock.limit
+        self.hook_blocks(self._clock.place)
         self._hook(unicorn_const.UC_HOOK_INTR, binding.HOOK_INTR_CFUNC(self._on_exit))
         self._hook(unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_IN_CFUNC(self._on_in), x86_const.UC_X86_INS_IN)
         self._hook(unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_OUT_CFUNC(self._on_out), x86_const.UC_X86_INS_OUT)
         self._hook(
             unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_SYSCALL_CFUNC(self._on_syscall), x86_const.UC_X86_INS_SYSCALL
         )
-        self._hook(unicorn_const.UC_HOOK_TLB_FILL, binding.HOOK_TLB_FILL_CFUNC(self._on_fill))
+        if not nested:
+            self._hook(unicorn_const.UC_HOOK_TLB_FILL, binding.HOOK_TLB_FILL_CFUNC(self._on_fill))
+
+    def _nested_room(self, memory_bytes: int) -> NestedRoom:
+        """Room for the tables of all memory with and without the C-bit."""
+        self._room = mmap.mmap(-1, (2 * (memory_bytes // PAGE_2M_BYTES + 1) + FEW_TABLES) * PAGE_BYTES)
+        place = ctypes.addressof(ctypes.c_char.from_buffer(self._room))
+        self._uc.mem_map_ptr(NESTED_SPA, len(self._room), 7, place)
+        return NestedRoom(self._room, NESTED_SPA)
 
     def _hook(self, kind: int, function: Any, *instruction: int, argument: int = 0) -> None:
         handle = ctypes.c_size_t()
@@ -185,16 +207,20 @@ class UnicornCpu:
 
     # The engine's interface -------------------------------------------------------------------------------------
 
-    def run(self, max_instructions: int) -> bool:
+    def run(self, ticks: int) -> bool:
         """See `CpuEngine.run`. Raises what the sink raised."""
         self._stopped, self._port, self._stepping = False, None, False
         self._push(everything=True)
         self._window.begin(self._vcpu)
+        self._clock.start(ticks)
         self._window.load()
-        status = self._library.uc_emu_start(self._handle, self._vcpu.regs.rip, UNTIL, 0, max_instructions)
+        status = self._library.uc_emu_start(self._handle, self._vcpu.regs.rip, UNTIL, 0, 0)
         window = self._window
         window.save()
         window.pull(self._vcpu)
+        self._clock.leave(self._linear())
+        if self._stepping:  # time ran out before the step was taken
+            self._vcpu.regs.rflags &= ~TRAP
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -205,6 +231,15 @@ class UnicornCpu:
 
     def flush(self) -> None:
         self._uc.ctl(self._flush_type, self._flush_direction)
+
+    def withdraw(self, spa: int) -> None:
+        if self._nested is None or self._nested.withdraw(spa):
+            self.flush()
+
+    def forget(self) -> None:
+        if self._nested is not None:
+            self._nested.clear()
+        self.flush()
 
     def drop_page(self) -> bool:
         """Only the instruction itself drops one page: it is executed, and a single step behind it takes over again."""
@@ -230,11 +265,12 @@ class UnicornCpu:
 
     def snapshot(self) -> bytes:
         """Between two runs: the processor's state beside the vCPU's, for `restore` of an engine of this build."""
-        return bytes(self._window.bytes)
+        return bytes(self._window.bytes) + bytes((self._clock.remainder,))
 
     def restore(self, state: bytes) -> None:
         """Go on from `state`, with the registers that are in the vCPU."""
-        self._window.bytes[:] = state
+        self._window.bytes[:] = state[:-1]
+        self._clock.remainder = state[-1]
 
     def hook_blocks(self, make: Callable[[int], tuple[int, int]]) -> None:
         """Call native code at each block: `make` gets the address of uc_emu_stop and gives those of the code and of its
@@ -249,13 +285,17 @@ class UnicornCpu:
 
     def _word(self) -> int:
         """Which exits from 60h on are reported now."""
-        return NATIVE_WORD | self._vcpu.vmcb.intercepts >> FIRST & OPTIONAL_WORD
+        optional = self._vcpu.vmcb.intercepts >> FIRST
+        if self._nested is not None:
+            return NATIVE_WORD & ~INVLPG_BIT | optional & (OPTIONAL_WORD | INVLPG_BIT)
+        return NATIVE_WORD | optional & OPTIONAL_WORD
 
     def _push(self, *, everything: bool) -> None:
         window = self._window
         window.push(self._vcpu, everything=everything)
         if everything:
-            window.set_intercepts(PRIVATE_SPA, self._word(), (CONTROL_READS, CONTROL_WRITES))
+            root = 0 if self._nested is None else self._nested.root
+            window.set_intercepts(PRIVATE_SPA, self._word(), (CONTROL_READS, CONTROL_WRITES), root)
         if self._stepping:
             window.set_trap_flag()
             window.set_word(self._word() & ~INVLPG_BIT)
@@ -277,8 +317,10 @@ class UnicornCpu:
     def _report(self, code: int) -> None:
         window, vcpu = self._window, self._vcpu
         window.save()
-        window.pull(vcpu)
         info = window.error_code()
+        if code == ExitCode.NPF and self._fill_nested(info):
+            return
+        window.pull(vcpu)
         if self._stepping:
             self._stepping = False
             window.set_word(self._word())
@@ -291,6 +333,7 @@ class UnicornCpu:
             regs.rip, regs.rax, regs.rcx, regs.rsi, regs.rdi, info = self._port
             self._port = None
             code = ExitCode.IOIO
+        self._clock.leave(self._linear())
         before = SYSTEM_STATE(vcpu.system)
         shadow = vcpu.vmcb.interrupt_state & INTERRUPT_SHADOW
         optional = vcpu.vmcb.intercepts
@@ -301,6 +344,22 @@ class UnicornCpu:
             or vcpu.vmcb.intercepts != optional
         )
         self._push(everything=changed)
+
+    def _linear(self) -> int:
+        """Where the instruction at RIP is."""
+        rip, code = self._vcpu.regs.rip, self._vcpu.system.cs
+        return rip if code[1] & CS_LONG else rip + code[3] & MASK32
+
+    def _fill_nested(self, error_code: int) -> bool:
+        """A leaf that Unicorn lacks; nothing else has changed."""
+        assert self._nested is not None  # without nested tables there is no nested fault
+        self._clock.leave(self._words[RIP])
+        gpa = self.fault_address
+        found = self._sink.nested_fill(gpa, error_code & NPF_WRITE)
+        if found is None:
+            return False
+        self._nested.map(gpa, found[0], writable=bool(found[1] & 2))
+        return True
 
     def _on_in(self, _uc: object, port: int, size: int, _data: object) -> int:
         self._guarded(lambda: self._abort_port(port, size, 1))
@@ -313,7 +372,7 @@ class UnicornCpu:
         """Let the I/O breakpoint end the instruction; what it changed is put back when that is reported."""
         window, words = self._window, self._words
         window.save()
-        self._port = (words[16], words[0], words[1], words[6], words[7], port << 16 | size << 4 | is_in)
+        self._port = (words[RIP], words[0], words[1], words[6], words[7], port << 16 | size << 4 | is_in)
         window.set_io_breakpoint(port)
         window.load()
 

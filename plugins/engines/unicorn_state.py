@@ -202,8 +202,6 @@ class Window:
             regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
             regs.r8, regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15, regs.rip,
         ) = GENERAL.unpack_from(data, base)  # fmt: skip
-        # Counting instructions leaves old arithmetic flags where Unicorn ORs the present ones in: take them out first.
-        self.put(FLAGS_AT, self.word(FLAGS_AT) & ~(ARITHMETIC | DIRECTION))
         self._read(self._pointer, self._eflags, self._number_at)
         regs.rflags = self.pulled_flags = self._number.value & 0xFFFF_FFFF
         hidden = self.hidden

@@ -16,7 +16,7 @@ from sevlab.core.determinism import TSC_HZ
 from sevlab.core.errors import ConfigError
 from sevlab.core.svm import ExitCode, exit_name
 from sevlab.plugins import io
-from sevlab.plugins.engines.launch import Booted, Feature, boot, c_bit_mask, compose
+from sevlab.plugins.engines.launch import Booted, Feature, Paging, boot, c_bit_mask, compose
 from sevlab.plugins.engines.loaders.load import load_guest
 from sevlab.plugins.engines.report import crash_report
 
@@ -37,6 +37,13 @@ RECORDER = "sevlab.traces.record:Recorder"
 )
 @click.option("--memory", default="256 MiB", show_default=True, help="Memory of the guest.")
 @click.option("--direct", is_flag=True, help="Take the kernel out of its bzImage and skip its decompressor.")
+@click.option(
+    "--engine-paging",
+    type=click.Choice([paging.value for paging in Paging]),
+    default="own",
+    show_default=True,
+    help="Who walks the guest's page tables; nested is faster and puts the C-bit at 39.",
+)
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Record the run as a trace.")
 @click.option("--seed", default="0", show_default=True, help="Of keys and of the guest's RDRAND.")
 @click.option("--max-instructions", type=click.IntRange(min=1), help="End the run after about so many.")
@@ -49,6 +56,7 @@ def run(
     feature: str,
     memory: str,
     direct: bool,
+    engine_paging: str,
     record: Path | None,
     seed: str,
     max_instructions: int | None,
@@ -63,7 +71,8 @@ def run(
         raise ConfigError(
             "--record: only of --feature sev-es; of others the hypervisor reads memory that no step holds"
         )
-    machine = compose(memory_bytes=memory_bytes, seed=seed.encode())
+    paging = Paging(engine_paging)
+    machine = compose(memory_bytes=memory_bytes, seed=seed.encode(), paging=paging)
     image = load_guest(
         kernel,
         memory_bytes=memory_bytes,
@@ -73,9 +82,15 @@ def run(
         c_bit_mask=c_bit_mask(machine, chosen),
         direct=direct,
     )
-    recorder = resolve(RECORDER)(machine, record) if record is not None else None
+    recorder: Any = None
+
+    def start_recording() -> None:
+        nonlocal recorder
+        recorder = resolve(RECORDER)(machine, record)
+        recorder.settle()
+
     try:
-        booted = boot(machine, image, chosen, before_start=None if recorder is None else recorder.settle)
+        booted = boot(machine, image, chosen, paging=paging, before_start=None if record is None else start_recording)
         summary = _execute(booted, console_to_stderr=as_json, limit=max_instructions)
     finally:
         if recorder is not None:

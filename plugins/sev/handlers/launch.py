@@ -8,7 +8,7 @@ from sevlab.plugins.sev import asids, crypto, transfers, vmsa_slots
 from sevlab.plugins.sev.buffers import Attestation, HandleOnly, LaunchMeasure, LaunchStart, LaunchUpdate, Transport
 from sevlab.plugins.sev.certificates import Algorithm, Usage
 from sevlab.plugins.sev.command import Request
-from sevlab.plugins.sev.context import NO_KEYS, Gctx, SevState, sev_state
+from sevlab.plugins.sev.context import NO_KEYS, Gctx, RunningDigest, SevState, sev_state
 from sevlab.plugins.sev.handlers.common import aligned16, allowed, live_guest, move_guest, move_platform
 from sevlab.plugins.sev.layout import (
     NONCE_BYTES,
@@ -173,6 +173,7 @@ def launch_measure(machine: Machine, request: Request[LaunchMeasure]) -> Status:
         launch_digest=guest.launch_digest,
         mnonce=mnonce,
     )
+    guest.digest = RunningDigest()  # nothing is added any more; what it was is kept
     transfers.write(machine, buffer.spa, Measurement.build(measure=guest.measure, mnonce=mnonce))
     move_guest(guest, request.command)
     return Status.SUCCESS
