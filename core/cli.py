@@ -105,20 +105,33 @@ class RootGroup(LazyGroup):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of commands and groups in alphabetical order."""
-        return sorted([*super().list_commands(ctx), *self._groups()])
+        return sorted({*super().list_commands(ctx), *self._groups()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command, or the group of that name."""
         if cmd_name not in self._groups():
             return super().get_command(ctx, cmd_name)
         specs = tuple(spec for spec in self._specs() if spec.group == cmd_name)
+        if cmd_name in self._known():
+            return self._enlarged(ctx, cmd_name, specs)
         return LazyGroup(cmd_name, specs=lambda: specs, short_help=", ".join(spec.name for spec in specs))
+
+    def _enlarged(self, ctx: click.Context, name: str, specs: tuple[CommandSpec, ...]) -> click.Command:
+        """A command that is a group of its own, with what other plugins put beside its subcommands."""
+        command = super().get_command(ctx, name)
+        if not isinstance(command, click.Group):
+            raise PluginError(f"command {specs[0].group} {specs[0].name}: {name!r} is a command and no group")
+        for spec in specs:
+            command.add_command(resolve(spec.target), spec.name)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The help list from the data alone."""
         known = self._known()
         rows = [(name, spec.summary) for name, spec in known.items()]
         for group in self._groups():
+            if group in known:
+                continue
             names = ", ".join(spec.name for spec in self._specs() if spec.group == group)
             rows.append((group, f"Subcommands: {names}"))
         with formatter.section("Commands"):

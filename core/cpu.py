@@ -437,6 +437,9 @@ class CpuEngine(Protocol):
     def limit(self, ticks: int) -> None:
         """From within a report: end `run` after about `ticks` from now, if it would end later."""
 
+    def charge(self, code_bytes: int) -> None:
+        """The kernel executed an instruction of so many bytes in the engine's place: as much time passes."""
+
     def elapsed(self) -> int:
         """Ticks of execution since this was asked last."""
 

@@ -21,6 +21,12 @@ COMMANDS: tuple[CommandSpec, ...] = (
         "sevlab.plugins.snp.commands.measure:measure",
     ),
     CommandSpec(
+        "guest",
+        "Compute the launch digest of a kernel that `sevlab run` loads",
+        "sevlab.plugins.engines.commands.measure:guest",
+        "measure",
+    ),
+    CommandSpec(
         "session",
         "Open an SEV session with a platform, from its PDH and chain",
         "sevlab.plugins.sev.commands.attest:session",

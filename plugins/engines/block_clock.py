@@ -80,6 +80,10 @@ class BlockClock:
             words[LEFT] += words[SIZE] - done
         words[SIZE] = 0
 
+    def charge(self, code_bytes: int) -> None:
+        """Somebody else executed so many bytes."""
+        self._words[LEFT] -= code_bytes
+
     def elapsed(self) -> int:
         """Ticks that passed since this was asked last."""
         ticks = (self._seen - self._words[LEFT]) // BYTES_PER_TICK

@@ -13,7 +13,7 @@ from sevlab.core.units import PAGE_BYTES
 from sevlab.plugins import sev, sev_es
 from sevlab.plugins.engines.execution import Execution
 from sevlab.plugins.engines.mmu import Arena, Mmu
-from sevlab.plugins.engines.unicorn_engine import UnicornCpu
+from sevlab.plugins.engines.unicorn_engine import NestedPaging, UnicornCpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,10 +67,15 @@ class Paging(Enum):
     NESTED = "nested"
 
 
+def generation(paging: Paging) -> str:
+    """The part that a guest runs on: an engine's own paging needs a C-bit among its address bits."""
+    return "narrow" if paging is Paging.NESTED else "milan"
+
+
 def compose(*, memory_bytes: int, cpus: int = 1, seed: bytes = b"\0", paging: Paging = Paging.OWN) -> Machine:
     """The machine that a guest runs on; with an engine's own paging its C-bit is 39."""
     config = MachineConfig(
-        generation="narrow" if paging is Paging.NESTED else "milan",
+        generation=generation(paging),
         seed=seed,
         memory_bytes=memory_bytes + HOST_BYTES,
         plugins=PLUGINS,
@@ -111,8 +116,8 @@ def boot(
     if before_start is not None:
         before_start()
     arena = Arena(machine.memory.size_bytes)
-    nested = paging is Paging.NESTED
-    mmu = Mmu(machine, vcpu, arena, nested=nested)
+    nested = NestedPaging(mask) if paging is Paging.NESTED else None
+    mmu = Mmu(machine, vcpu, arena, nested=nested is not None)
     execution = Execution(machine, vcpu, mmu)
     execution.attach(UnicornCpu(vcpu, arena.map, execution, nested=nested))
     execution.enter()

@@ -262,11 +262,21 @@ class Mmu:
             except FaultUnwind:
                 rights &= ~W
         pfn = place.spa >> PAGE_SHIFT
-        page = gva & -PAGE_BYTES
         if self.nested:
             self._own(pfn, place.key, place.tag)
             self._fetched.add(pfn)
-            return place.spa & -PAGE_BYTES, rights
+        else:
+            self._lend_for(gva & -PAGE_BYTES, pfn, place)
+            rights = self._rights(pfn, kind, rights)
+        if self.journaled and rights & W:
+            if kind & WRITE:
+                self._memory.touch(pfn)
+            elif not self._memory.touched(pfn):
+                rights &= ~W
+        return place.spa & -PAGE_BYTES, rights
+
+    def _lend_for(self, page: int, pfn: int, place: Place) -> None:
+        """Lend a page, and note the one translation that leads to it."""
         if self._owner.get(pfn, NOT_LENT) is not place.key:
             self._filling = page
             try:
@@ -278,13 +288,6 @@ class Mmu:
             self._filled[pfn] = page
         elif before != page:
             self._filled[pfn] = MANY
-        rights = self._rights(pfn, kind, rights)
-        if self.journaled and rights & W:
-            if kind & WRITE:
-                self._memory.touch(pfn)
-            elif not self._memory.touched(pfn):
-                rights &= ~W
-        return place.spa & -PAGE_BYTES, rights
 
     def _rights(self, pfn: int, kind: int, rights: int) -> int:
         """Which of the rights the engine gets at once.

@@ -49,6 +49,8 @@ def done(run: Execution, length: int) -> None:
     """The instruction of `length` bytes is executed."""
     regs = run.vcpu.regs
     regs.rip = regs.rip + length & MASK64
+    assert run.engine is not None  # in whose place
+    run.engine.charge(length)
     end_shadow(run.vcpu)
 
 
@@ -328,11 +330,13 @@ def control(run: Execution, code: int, info: int) -> None:
     if vcpu.system.cpl:
         raise registers.refuse()
     if not write:
-        setattr(vcpu.regs, name, vcpu.system.cr4 if number == 4 else vcpu.system.cr8)
+        setattr(vcpu.regs, name, getattr(vcpu.system, f"cr{number}"))
         done(run, length)
         return
     if number == 0:
         registers.write_cr0(vcpu, value)
+    elif number == 3:
+        registers.write_cr3(vcpu, value)
     elif number == 4:
         registers.write_cr4(vcpu, value)
     elif value >> 4:

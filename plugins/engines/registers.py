@@ -21,6 +21,7 @@ CR4_KNOWN = 0x0000_07FF
 CR0_ET = 1 << 4
 CR0_WRITABLE = 0xE005_003F
 CS_LONG = 1 << 9
+PHYSICAL_LIMIT = 52
 DR6_FIXED, DR7_FIXED = 0xFFFF_0FF0, 0x400
 
 
@@ -42,6 +43,13 @@ def write_cr0(vcpu: Vcpu, value: int) -> None:
         raise refuse()
     system.cr0 = value & CR0_WRITABLE | CR0_ET
     system.efer = system.efer & ~EFER_LMA | (EFER_LMA if paging and system.efer & EFER_LME else 0)
+
+
+def write_cr3(vcpu: Vcpu, value: int) -> None:
+    """MOV to CR3: address bits that the processor lacks are #GP(0). Source: spec 24593, 3.1.2."""
+    if value >> PHYSICAL_LIMIT:
+        raise refuse()
+    vcpu.system.cr3 = value
 
 
 def write_cr4(vcpu: Vcpu, value: int) -> None:

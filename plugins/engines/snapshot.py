@@ -74,7 +74,7 @@ class Snapshot:
         run.ended = None
         self._mmu.journaled = True
         self._machine.mark(keep_lent=True)
-        self._mmu.flush()
+        self._mmu.forget()
         self._settle()
 
     def _settle(self) -> None:
@@ -95,7 +95,7 @@ class Snapshot:
             stored = memory.written()
             self._tables, self._code = mmu.tables().intersection(stored), mmu.code().intersection(stored)
         changed = mmu.flushes != self._flushes
-        stale = changed or mmu.walked_exactly or self._run.vcpu.system.cr3 != self._cr3
+        stale = changed or mmu.nested or mmu.walked_exactly or self._run.vcpu.system.cr3 != self._cr3
         if self._tables and not stale:  # the engine's translations would outlive what they stand for
             stale = any(memory.differs(pfn) for pfn in self._tables)
         self._machine.reset(forget=changed)

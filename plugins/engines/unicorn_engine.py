@@ -14,7 +14,7 @@ import ctypes
 import mmap
 from importlib import import_module
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sevlab.core.cpu import INTERRUPT_SHADOW
 from sevlab.core.errors import ConfigError
@@ -80,7 +80,8 @@ OPTIONAL_WORD = sum(1 << code - FIRST for code in (ExitCode.PAUSE, ExitCode.IRET
 INVLPG_BIT = 1 << ExitCode.INVLPG - FIRST
 CONTROL_WRITES = 1 << 0 | 1 << 4 | 1 << 8
 CONTROL_READS = 1 << 4 | 1 << 8
-"""CR4 and CR8 are the kernel's; CR2 and CR3 are Unicorn's business."""
+CR3_BIT = 1 << 3
+"""CR4 and CR8 are the kernel's; CR2 is Unicorn's business, and so is CR3 where it needs no C-bit."""
 
 RIP = 16
 """Index among the window's words."""
@@ -119,6 +120,16 @@ STATE_MSRS = {
 }
 
 
+class NestedPaging(NamedTuple):
+    """What an engine must know to walk a guest's tables itself.
+
+    The processor's walks are private whatever CR3 says. Unicorn's go where the address says, so CR3 gets the C-bit,
+    out of the guest's sight. Entries of upper tables need it of themselves; Linux and our own guests set it.
+    """
+
+    c_bit_mask: int
+
+
 class UnicornCpu:
     """One vCPU on Unicorn; `memory` is the machine's DRAM, lent to the engine page by page.
 
@@ -129,7 +140,7 @@ class UnicornCpu:
 
     name = "unicorn"
 
-    def __init__(self, vcpu: Vcpu, memory: mmap.mmap, sink: EngineSink, *, nested: bool = False) -> None:
+    def __init__(self, vcpu: Vcpu, memory: mmap.mmap, sink: EngineSink, *, nested: NestedPaging | None = None) -> None:
         try:
             unicorn: Any = import_module("unicorn")
             unicorn_const: Any = import_module("unicorn.unicorn_const")
@@ -146,16 +157,20 @@ class UnicornCpu:
         # An Opteron G5 has no RDRAND: it ends in #UD, and the kernel gives numbers that are the same every time.
         uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64, x86_const.UC_CPU_X86_OPTERON_G5)
         self._uc, self._handle = uc, uc._uch  # noqa: SLF001
-        uc.ctl_set_tlb_mode(unicorn_const.UC_TLB_CPU if nested else unicorn_const.UC_TLB_VIRTUAL)
+        uc.ctl_set_tlb_mode(unicorn_const.UC_TLB_VIRTUAL if nested is None else unicorn_const.UC_TLB_CPU)
         uc.mem_map_ptr(0, len(memory), 7, ctypes.addressof(ctypes.c_char.from_buffer(memory)))
         self._private = mmap.mmap(-1, PRIVATE_BYTES)
         uc.mem_map_ptr(PRIVATE_SPA, PRIVATE_BYTES, 7, ctypes.addressof(ctypes.c_char.from_buffer(self._private)))
-        self._nested = self._nested_room(len(memory)) if nested else None
+        self._nested = None if nested is None else self._nested_room(len(memory))
+        self._controls = (CONTROL_READS, CONTROL_WRITES)
         self._write_maps()
         uc.reg_write(x86_const.UC_X86_REG_MSR, (0xC000_0080, 0x1D01))  # SVME on, while writing it still does that
         for number, value in enumerate(vcpu.system.xmm):
             uc.reg_write(x86_const.UC_X86_REG_XMM0 + number, value)
         self._window = Window(uc)
+        if nested is not None and nested.c_bit_mask:
+            self._controls = (CONTROL_READS | CR3_BIT, CONTROL_WRITES | CR3_BIT)
+            self._window.table_bits = nested.c_bit_mask
         self._words = self._window.bytes[self._window.base :][: EFER + 8].cast("Q")
         self._failure: BaseException | None = None
         self._stopped = False
@@ -166,7 +181,7 @@ class UnicornCpu:
         self._flush_type = unicorn_const.UC_CTL_TLB_FLUSH
         self._flush_direction = unicorn_const.UC_CTL_IO_WRITE
         self._clock = BlockClock()
-        self.elapsed, self.limit = self._clock.elapsed, self._clock.limit
+        self.elapsed, self.limit, self.charge = self._clock.elapsed, self._clock.limit, self._clock.charge
         self.hook_blocks(self._clock.place)
         self._hook(unicorn_const.UC_HOOK_INTR, binding.HOOK_INTR_CFUNC(self._on_exit))
         self._hook(unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_IN_CFUNC(self._on_in), x86_const.UC_X86_INS_IN)
@@ -174,7 +189,7 @@ class UnicornCpu:
         self._hook(
             unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_SYSCALL_CFUNC(self._on_syscall), x86_const.UC_X86_INS_SYSCALL
         )
-        if not nested:
+        if nested is None:
             self._hook(unicorn_const.UC_HOOK_TLB_FILL, binding.HOOK_TLB_FILL_CFUNC(self._on_fill))
 
     def _nested_room(self, memory_bytes: int) -> NestedRoom:
@@ -295,7 +310,7 @@ class UnicornCpu:
         window.push(self._vcpu, everything=everything)
         if everything:
             root = 0 if self._nested is None else self._nested.root
-            window.set_intercepts(PRIVATE_SPA, self._word(), (CONTROL_READS, CONTROL_WRITES), root)
+            window.set_intercepts(PRIVATE_SPA, self._word(), self._controls, root)
         if self._stepping:
             window.set_trap_flag()
             window.set_word(self._word() & ~INVLPG_BIT)

@@ -88,6 +88,8 @@ class Window:
         self.base = self._base
         self._system: bytes = b""
         self.pulled_flags = 0
+        self.table_bits = 0
+        """Set in the CR3 that Unicorn uses and not in the guest's, which then only the kernel changes."""
         self._check(x86_const)
 
     def _find(self, const: Any) -> None:
@@ -219,7 +221,9 @@ class Window:
                 if getattr(system, name) != segment:
                     setattr(system, name, segment)
             cr0, _, cr2, cr3, _ = CONTROLS.unpack_from(raw, CR0 - SEGMENTS)
-            system.cr0, system.cr2, system.cr3 = cr0, cr2, cr3
+            system.cr0, system.cr2 = cr0, cr2
+            if not self.table_bits:
+                system.cr3 = cr3
 
     def push(self, vcpu: Vcpu, *, everything: bool) -> None:
         """The vCPU's general registers into the window, and `everything` else on request."""
@@ -262,7 +266,7 @@ class Window:
             SEGMENT.pack_into(self.bytes, place, segment[0], segment[3], segment[2], flags_of(segment[1]))
         self.put(CR0, system.cr0)
         self.put(CR0 + 16, system.cr2)
-        self.put(CR0 + 24, system.cr3)
+        self.put(CR0 + 24, system.cr3 | self.table_bits)
         self.put(CR0 + 32, system.cr4)
         self.put(EFER, system.efer | EFER_SVME)
         self.put(HFLAGS, self._hidden_of(vcpu), 4)

@@ -156,6 +156,16 @@ def test_a_target_that_is_no_command_is_refused():
         group.get_command(click.Context(group), "x")
 
 
+def test_a_plugin_puts_a_subcommand_beside_those_of_a_group_that_is_a_command():
+    assert {"diff", "guest"} <= set(invoke("measure", "--help").output.split())
+    assert invoke("--help").output.count("\n  measure ") == 1
+
+
+def test_a_subcommand_of_a_command_that_is_no_group_is_refused(monkeypatch):
+    monkeypatch.setattr(cli, "BUILT_IN", (*cli.BUILT_IN, CommandSpec("x", "", "x:y", "doctor")))
+    assert "'doctor' is a command and no group" in str(invoke("doctor").exception)
+
+
 def test_new_writes_a_package_once(tmp_path):
     first = invoke("plugins", "new", "door_bell", "--into", str(tmp_path))
     assert first.exit_code == 0

@@ -11,77 +11,43 @@ from typing import TYPE_CHECKING, Any
 import click
 from sevlab.core.cli import echo_json
 from sevlab.core.cliapi import resolve
-from sevlab.core.config import parse_size
 from sevlab.core.determinism import TSC_HZ
 from sevlab.core.errors import ConfigError
 from sevlab.core.svm import ExitCode, exit_name
 from sevlab.plugins import io
-from sevlab.plugins.engines.launch import Booted, Feature, Paging, boot, c_bit_mask, compose
-from sevlab.plugins.engines.loaders.load import load_guest
+from sevlab.plugins.engines.commands.options import choice, guest_options
+from sevlab.plugins.engines.launch import Booted, Feature, boot, c_bit_mask, compose
 from sevlab.plugins.engines.report import crash_report
 
 if TYPE_CHECKING:
     from sevlab.plugins.engines.execution import Execution
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 RECORDER = "sevlab.traces.record:Recorder"
 """Named, not imported: recordings are the other half of the house."""
 
 
 @click.command(name="run")
-@click.argument("kernel", type=FILE)
-@click.option("--initrd", type=FILE, help="Initial RAM disk of a Linux kernel.")
-@click.option("--append", default="", metavar="CMDLINE", help="Kernel command line.")
-@click.option(
-    "--feature", type=click.Choice([feature.value for feature in Feature]), default="plain", show_default=True
-)
-@click.option("--memory", default="256 MiB", show_default=True, help="Memory of the guest.")
-@click.option("--direct", is_flag=True, help="Take the kernel out of its bzImage and skip its decompressor.")
-@click.option(
-    "--engine-paging",
-    type=click.Choice([paging.value for paging in Paging]),
-    default="own",
-    show_default=True,
-    help="Who walks the guest's page tables; nested is faster and puts the C-bit at 39.",
-)
+@guest_options
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Record the run as a trace.")
 @click.option("--seed", default="0", show_default=True, help="Of keys and of the guest's RDRAND.")
 @click.option("--max-instructions", type=click.IntRange(min=1), help="End the run after about so many.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON; the console goes to standard error.")
 def run(
     *,
-    kernel: Path,
-    initrd: Path | None,
-    append: str,
-    feature: str,
-    memory: str,
-    direct: bool,
-    engine_paging: str,
     record: Path | None,
     seed: str,
     max_instructions: int | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Execute KERNEL as a guest: a Linux bzImage or vmlinux, another x86-64 ELF, or a flat binary for 1 MiB."""
-    chosen = Feature(feature)
-    memory_bytes = parse_size(memory, "--memory")
-    if memory_bytes < 1 << 20 or memory_bytes % (2 << 20):
-        raise ConfigError(f"--memory {memory}: expected a multiple of 2 MiB")
-    if record is not None and chosen is not Feature.SEV_ES:
+    chosen = choice(options)
+    if record is not None and chosen.feature is not Feature.SEV_ES:
         raise ConfigError(
             "--record: only of --feature sev-es; of others the hypervisor reads memory that no step holds"
         )
-    paging = Paging(engine_paging)
-    machine = compose(memory_bytes=memory_bytes, seed=seed.encode(), paging=paging)
-    image = load_guest(
-        kernel,
-        memory_bytes=memory_bytes,
-        initrd=initrd,
-        append=append,
-        encrypted=chosen.encrypted,
-        c_bit_mask=c_bit_mask(machine, chosen),
-        direct=direct,
-    )
+    machine = compose(memory_bytes=chosen.memory_bytes, seed=seed.encode(), paging=chosen.paging)
+    image = chosen.image(c_bit_mask(machine, chosen.feature))
     recorder: Any = None
 
     def start_recording() -> None:
@@ -90,7 +56,8 @@ def run(
         recorder.settle()
 
     try:
-        booted = boot(machine, image, chosen, paging=paging, before_start=None if record is None else start_recording)
+        begin = None if record is None else start_recording
+        booted = boot(machine, image, chosen.feature, paging=chosen.paging, before_start=begin)
         summary = _execute(booted, console_to_stderr=as_json, limit=max_instructions)
     finally:
         if recorder is not None:
@@ -172,7 +139,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if summary["launch_digest"]:
         click.echo(f"launch digest: {summary['launch_digest']}")
     click.echo(
-        f"{summary['instructions'] / 1e6:.1f} M instructions in {summary['seconds']:.1f} s,"
+        f"{summary['instructions'] / 1e6:.3g} M instructions in {summary['seconds']:.1f} s,"
         f" {summary['virtual_seconds']:.3f} s of the guest's time"
     )
     exits = ", ".join(f"{name} {count}" for name, count in summary["exits"].items())

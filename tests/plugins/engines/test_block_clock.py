@@ -74,4 +74,4 @@ def test_another_host_is_refused_with_a_reason(monkeypatch):
 def test_a_block_that_is_left_in_its_middle_counts_what_was_executed():
     booted = guest(("0fa2" + "90" * 10) * 3 + "faf4" + "90" * 20)  # CPUID, ten NOPs, three times; CLI; HLT
     booted.execution.run()
-    assert booted.execution.instructions == (3 * 10 + 1) // 4  # CPUID and HLT are not the engine's
+    assert booted.execution.instructions == (3 * 10 + 1) // 4  # CPUID and HLT are the hypervisor's

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sevlab.core.events import CpuExit
 from sevlab.core.svm import ExitCode
 from sevlab.core.vocabulary import Record
-from sevlab.plugins.engines import Booted, Feature, boot, compose
+from sevlab.plugins.engines import Booted, Feature, Paging, boot, compose
 from sevlab.plugins.engines.block_trace import BlockTrace
 from sevlab.plugins.engines.launch import c_bit_mask
 from sevlab.plugins.engines.loaders.image import GuestImage
@@ -145,3 +145,20 @@ def test_a_snapshot_of_a_snapshot(flat_elf, again):
     guest.execution.run()
     later.restore()
     assert state(guest) == before
+
+
+def test_a_guest_that_walks_by_the_engine_is_put_back_too(flat_elf):
+    machine = compose(memory_bytes=MEMORY, paging=Paging.NESTED)
+    mask = c_bit_mask(machine, Feature.SEV_ES)
+    image = load_guest(flat_elf, memory_bytes=MEMORY, encrypted=True, c_bit_mask=mask)
+    guest = boot(machine, image, Feature.SEV_ES, paging=Paging.NESTED)
+    assert run_to(guest.execution, nth(20, Vmgexit))
+    snapshot = Snapshot(guest.execution)
+    before = state(guest)
+    reached = []
+    for _ in range(3):
+        run_to(guest.execution, nth(20, Vmgexit))
+        reached.append(state(guest))
+        snapshot.restore()
+        assert state(guest) == before
+    assert reached[0] == reached[1] == reached[2]
