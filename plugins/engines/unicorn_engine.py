@@ -370,7 +370,7 @@ class UnicornCpu:
         assert self._nested is not None  # without nested tables there is no nested fault
         self._clock.leave(self._words[RIP])
         gpa = self.fault_address
-        found = self._sink.nested_fill(gpa, error_code & NPF_WRITE)
+        found = self._sink.nested_fill(gpa, KINDS[WRITE] if error_code & NPF_WRITE else KINDS[READ])
         if found is None:
             return False
         self._nested.map(gpa, found[0], writable=bool(found[1] & 2))
