@@ -103,7 +103,7 @@ class TraceReader:
                 continue
             skip = max(0, start - block.first_entry)
             for number, entry in enumerate(entries[skip:] if skip else entries, block.first_entry + skip):
-                if number == stop:
+                if stop is not None and number >= stop:
                     return
                 yield number, entry
             start = block.end

@@ -20,7 +20,7 @@ from sevlab.core.vocabulary import Boundary, FieldSpec, Record, RecordSpec, Role
 from sevlab.traces.importers.log_records import LOG_RECORDS
 from sevlab.traces.records import TRACE_RECORDS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 NO_VCPU = -1
 """`Entry.vcpu` of a step that no vCPU takes: the host, the ASP, the clock."""

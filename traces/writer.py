@@ -13,13 +13,13 @@ import zstandard
 from sevlab.core.errors import TraceFormatError
 from sevlab.core.vocabulary import Vocabulary
 from sevlab.traces import frames
-from sevlab.traces.codec import MAX_BLOCK_RECORDS, Codec
+from sevlab.traces.codec import MAX_BLOCK_RECORDS, BlockPacker, Codec
 from sevlab.traces.schema import Entry, Header, declared, pack_header, vocabulary_of, with_trace_records
 
 BLOCK_BYTES = 256 << 10
 """A block is written when its records reach this size before compression."""
 
-COMPRESSION_LEVEL = 9
+COMPRESSION_LEVEL = 3
 
 
 class TraceWriter:
@@ -50,8 +50,9 @@ class TraceWriter:
         self._kind_counts = [0] * len(self.header.kinds)
         self._index: list[tuple[int, ...]] = []
         self._block = bytearray()
-        self._block_entries = self._block_records = 0
-        self._last_time = self._min_time = self._max_time = 0
+        self._packer = BlockPacker(self._codec)
+        self._block_entries = 0
+        self._min_time = self._max_time = 0
         self._offset = 0
         self._closed = False
         self._owned = isinstance(target, (str, Path))
@@ -66,14 +67,17 @@ class TraceWriter:
     def append(self, entry: Entry) -> None:
         """Add an entry. Raises `TraceFormatError` for a record that the vocabulary does not have or allow."""
         time_ns = entry.time_ns
-        packed, numbers = self._codec.pack(entry, self._last_time)
-        full = (
-            len(self._block) + len(packed) > frames.MAX_RAW_BYTES
-            or self._block_records + len(numbers) > MAX_BLOCK_RECORDS
-        )
-        if full and self._block_entries:
-            self.flush()
-            packed, numbers = self._codec.pack(entry, self._last_time)
+        records = len(self._packer)
+        try:
+            packed = self._packer.pack(entry)
+        except TraceFormatError:
+            self._end_block(records)
+            raise
+        if self._block_entries and (
+            len(self._block) + len(packed) > frames.MAX_RAW_BYTES or len(self._packer) > MAX_BLOCK_RECORDS
+        ):
+            self._end_block(records)
+            packed = self._packer.pack(entry)
         if not self._block_entries:
             self._min_time = self._max_time = time_ns
         elif time_ns < self._min_time:
@@ -82,19 +86,21 @@ class TraceWriter:
             self._max_time = time_ns
         self._block += packed
         self._block_entries += 1
-        self._block_records += len(numbers)
-        self._last_time = time_ns
-        counts = self._kind_counts
-        for number in numbers:
-            counts[number] += 1
         self.entries += 1
         if len(self._block) >= self._block_bytes:
             self.flush()
 
     def flush(self) -> None:
         """End the present block, if it holds anything, and give it to the operating system."""
+        self._end_block(len(self._packer))
+
+    def _end_block(self, records: int) -> None:
+        """Write the first `records` of the packer's records, which the block holds, and start anew."""
+        packer, self._packer = self._packer, BlockPacker(self._codec)
         if not self._block_entries:
             return
+        for number, count in packer.kinds(records).items():
+            self._kind_counts[number] += count
         first = self.entries - self._block_entries
         frame = frames.pack_frame(
             frames.RECORDS,
@@ -109,7 +115,7 @@ class TraceWriter:
         self._index.append((self._offset, first, self._block_entries, self._min_time, self._max_time))
         self._put(frame)
         self._block.clear()
-        self._block_entries = self._block_records = self._last_time = 0
+        self._block_entries = 0
 
     def close(self, counts: Mapping[str, int] | None = None) -> None:
         """Write what is left, the index and `counts`; a second call does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from sevlab.traces.assess.judge import Assessor
 from sevlab.traces.importers.kvm_text import KvmText
 from sevlab.traces.importers.source import open_source
 from sevlab.traces.replay.engine import Replay, machine_config
+from sevlab.traces.schema import Header
+from sevlab.traces.writer import TraceWriter
 
 from tests.bench.harness import Bench, Row
 
@@ -43,8 +46,17 @@ def captures(bench: Bench) -> list[Row]:
     for _ in KvmText("ftrace", lines).entries():
         pass
     imported = len(lines) / (time.process_time() - started)
+    started = time.process_time()
+    with TraceWriter(io.BytesIO(), Header(config=machine_config(2))) as writer:
+        for entry in KvmText("ftrace", lines).entries():
+            writer.append(entry)
+    written = len(lines) / (time.process_time() - started)
     entries = list(KvmText("ftrace", lines).entries())
-    rows: list[Row] = [("import of KVM text", _tool(name, imported), f"{imported:,.0f} lines/s")]
+    tool = _tool(name)
+    rows: list[Row] = [
+        ("import of KVM text, to trace-cmd report -N", imported / tool if tool else 0.0, f"{imported:,.0f} lines/s"),
+        ("the same with the trace written", written / tool if tool else 0.0, f"{written:,.0f} lines/s"),
+    ]
     replay = Replay(Machine(machine_config(2)))
     started = time.process_time()
     tally = replay.run(entries)
@@ -58,8 +70,8 @@ def captures(bench: Bench) -> list[Row]:
     return rows
 
 
-def _tool(name: str, imported: float) -> float:
-    """The import's rate to that of `trace-cmd report -N` on the binary twin; 0 where either is missing."""
+def _tool(name: str) -> float:
+    """Lines a second of `trace-cmd report -N` on the binary twin; 0 where either is missing."""
     twin, tool = _capture(f"{name}.trace.dat.xz"), shutil.which("trace-cmd")
     if twin is None or tool is None:
         return 0.0
@@ -69,11 +81,10 @@ def _tool(name: str, imported: float) -> float:
         plain.write_bytes(source.stream.read())
         started = _children()
         out = subprocess.run([tool, "report", "-N", "-i", str(plain)], capture_output=True, check=True).stdout
-        theirs = out.count(b"\n") / (_children() - started)
+        return out.count(b"\n") / (_children() - started)
     finally:
         source.close()
         plain.unlink(missing_ok=True)
-    return imported / theirs
 
 
 def _children() -> float:

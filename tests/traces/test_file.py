@@ -42,10 +42,9 @@ def advance(time_ns, vcpu=-1) -> Entry:
 
 
 def test_the_file_is_as_documented():
-    times = [1000, 1500, 1200, 9000]
-    data = written(
-        [advance(time, n) for n, time in enumerate(times)], block_bytes=1 << 20, counts={"lines": 9}
-    ).getvalue()
+    entries = [advance(time, n) for n, time in enumerate([1000, 1500, 1200, 9000])]
+    again = Entry(1000, 4, ev.AdvanceClock(1000 & 0xFF), (ev.Done(), ev.Done()))
+    data = written([*entries, again], block_bytes=1 << 20, counts={"lines": 9}).getvalue()
     payloads, offset = [], 0
     while data[offset : offset + 8] == b"\x89sevtrc\n":
         kind, version, zero, stream, number, first, count, raw, stored, low, high, crc, head_crc = struct.unpack_from(
@@ -64,26 +63,27 @@ def test_the_file_is_as_documented():
     assert payloads[0][:-1] == payloads[1][:-1]
     assert {frame[1] for frame in payloads} == {zlib.crc32(data[68 : payloads[1][-1]])}
     header = msgpack.unpackb(payloads[0][7])
-    assert header["format"] == 1
+    assert header["format"] == 2
     kinds = [kind[0] for kind in header["kinds"]]
     assert header["kinds"][kinds.index("advance")] == ["advance", "scheduler", True, [["ticks", "int", "input"]]]
-    assert payloads[2][2:7] == (0, 0, 4, 1000, 9000)
+    assert payloads[2][2:7] == (0, 0, 5, 1000, 9000)
     step_, done = kinds.index("advance"), kinds.index("done")
     unpacker = msgpack.Unpacker()
     unpacker.feed(payloads[2][7])
     assert list(unpacker) == [
-        [step_, 1000, 0, 1000 & 0xFF], [done],
-        [step_, 500, 1, 1500 & 0xFF], [done],
-        [step_, -300, 2, 1200 & 0xFF], [done],
-        [step_, 7800, 3, 9000 & 0xFF], [done],
+        [step_, 1000 & 0xFF], 1000, 0, [done],
+        [step_, 1500 & 0xFF], 500, 1, 1,
+        [step_, 1200 & 0xFF], -300, 2, 1,
+        [step_, 9000 & 0xFF], 7800, 3, 1,
+        0, -8000, 4, 1, 1,
     ]  # fmt: skip
     assert msgpack.unpackb(payloads[3][7]) == {
-        "entries": 4,
-        "blocks": [[payloads[2][-1], 0, 4, 1000, 9000]],
-        "kinds": {"advance": 4, "done": 4},
+        "entries": 5,
+        "blocks": [[payloads[2][-1], 0, 5, 1000, 9000]],
+        "kinds": {"advance": 5, "done": 6},
         "counts": {"lines": 9},
     }
-    assert payloads[3][2:4] == (1, 4)
+    assert payloads[3][2:4] == (1, 5)
 
 
 def test_the_declared_head_is_the_one_in_use():

@@ -16,7 +16,7 @@ from sevlab.core import events as ev
 from sevlab.core.config import MachineConfig
 from sevlab.core.errors import TraceFormatError
 from sevlab.traces import codec, frames
-from sevlab.traces.codec import MAX_ARRAY_ITEMS, MAX_BLOCK_RECORDS, MAX_DEPTH, Codec
+from sevlab.traces.codec import MAX_ARRAY_ITEMS, MAX_BLOCK_RECORDS, MAX_DEPTH, MAX_REPEATED_BYTES, BlockPacker, Codec
 from sevlab.traces.reader import TraceReader
 from sevlab.traces.schema import Entry, Header, declared, vocabulary_of
 from sevlab.traces.writer import TraceWriter
@@ -25,7 +25,15 @@ VOCABULARY = vocabulary_of(("sme",))
 CODEC = Codec(declared(VOCABULARY), VOCABULARY)
 NUMBERS = {kind.spec.kind: kind.number for kind in CODEC.kinds}
 COMPRESSOR = zstandard.ZstdCompressor(level=3)
-ADVANCE = [NUMBERS["advance"], 0, -1]
+ADVANCE = NUMBERS["advance"]
+
+
+def packed(*values: object) -> bytes:
+    return b"".join(map(msgpack.packb, values))
+
+
+def pack(entry: Entry) -> bytes:
+    return BlockPacker(CODEC).pack(entry)
 
 
 def made_of(payload: bytes, *, entries: int = 1, raw_bytes: int | None = None, stored: bytes | None = None) -> bytes:
@@ -61,8 +69,16 @@ def refused(data: bytes, reason: str) -> None:
     [
         (b"", "0 entries where the head says 1"),
         (b"\xc0", "ends inside a record"),
-        (msgpack.packb([NUMBERS["write"], 0, 0, 0, 0, 1, 0, False, b"xx"])[:-1], "ends inside a record"),
-        (b"\0" * 1000, "TypeError"),
+        (msgpack.packb([NUMBERS["write"], 0, 0, 1, 0, False, b"xx"])[:-1], "TypeError"),
+        (packed([ADVANCE, 1]), "TypeError"),
+        (packed([ADVANCE, 1], 0), "vCPU None"),
+        (packed([ADVANCE, 1], 0, -1)[:-1] + b"\xcd\0", "ends inside a record"),
+        (b"\0" * 1000, "KeyError 0"),
+        (packed([ADVANCE, 1], 0, -1, 1), "KeyError 1"),
+        (packed([ADVANCE, 1], 0, -1, -1), "KeyError -1"),
+        (packed([ADVANCE, 1], 0, -1, 0.0), "TypeError"),
+        (packed([ADVANCE, 1], 0, -1, False), "TypeError"),
+        (packed([NUMBERS["write"], 0, 0, 0, 1, False, bytes(MAX_REPEATED_BYTES + 1)], 0, -1, 0), "KeyError 0"),
         (b"\xdd\xff\xff\xff\xff", "exceeds max_array_len"),
         (b"\xdc\xff\xff" * 2000, "exceeds max_array_len"),
         (b"\x93\x00\x00" + b"\xc6\xff\xff\xff\xff", "ends inside a record"),
@@ -72,22 +88,24 @@ def refused(data: bytes, reason: str) -> None:
         (b"\x91" * 100_000, "StackError"),
         (b"\xdc\x10\x00" * 1023, "ends inside a record"),
         (b"\xc1", "FormatError"),
-        (msgpack.packb([10_000, 0, 0]), "KeyError 10000"),
-        (msgpack.packb(["exit", 0, 0]), "KeyError 'exit'"),
-        (msgpack.packb([-1, 0, 0]), "KeyError -1"),
-        (msgpack.packb([NUMBERS["done"]]), "an outcome before any step"),
-        (msgpack.packb([*ADVANCE, -1]), "advance holds (-1,), expected advance(ticks: int)"),
-        (msgpack.packb([*ADVANCE, 1.0]), "advance holds (1.0,)"),
-        (msgpack.packb([*ADVANCE, True]), "advance holds (True,)"),
-        (msgpack.packb([*ADVANCE, 1, 2]), "advance holds (1, 2)"),
-        (msgpack.packb([ADVANCE[0], "x", 0, 1]), "TypeError"),
-        (msgpack.packb([ADVANCE[0], 0, -2, 1]), "vCPU -2"),
-        (msgpack.packb([[], 0, 0]), "KeyError ()"),
-        (msgpack.packb([{}]), "unhashable"),
-        (msgpack.packb([ADVANCE[0]]), "advance holds ()"),
-        (msgpack.packb([*ADVANCE, 1]) + b"\x92", "ends inside a record"),
-        (msgpack.packb([*ADVANCE, 1]) * 2, "2 entries where the head says 1"),
-        (msgpack.packb([*ADVANCE, 1]) * 3001, "more than 3000 records"),
+        (packed([10_000]), "KeyError 10000"),
+        (packed(["exit"]), "KeyError 'exit'"),
+        (packed([-1]), "KeyError -1"),
+        (packed([NUMBERS["done"]]), "an outcome before any step"),
+        (packed([ADVANCE, -1]), "advance holds (-1,), expected advance(ticks: int)"),
+        (packed([ADVANCE, 1.0]), "advance holds (1.0,)"),
+        (packed([ADVANCE, True]), "advance holds (True,)"),
+        (packed([ADVANCE, 1], 0, -1, [ADVANCE, True], 0, -1), "advance holds (True,)"),
+        (packed([ADVANCE, 1, 2]), "advance holds (1, 2)"),
+        (packed([ADVANCE, 1], "x", 0), "TypeError"),
+        (packed([ADVANCE, 1], 0, -2), "vCPU -2"),
+        (packed([ADVANCE, 1], 0, True), "vCPU True"),
+        (packed([[]]), "KeyError ()"),
+        (packed([{}]), "unhashable"),
+        (packed([ADVANCE]), "advance holds ()"),
+        (packed([ADVANCE, 1], 0, -1) + b"\x92", "ends inside a record"),
+        (packed([ADVANCE, 1], 0, -1, 0, 0, -1), "2 entries where the head says 1"),
+        (packed([ADVANCE, 1], 0, -1) * 3001, "more than 3000 records"),
     ],
 )  # fmt: skip
 def test_a_block_of_nonsense_is_lost_with_its_reason(payload, reason, monkeypatch):
@@ -104,22 +122,21 @@ def nested(depth: int) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 500])
 def test_deep_nesting_is_refused_by_both_sides(depth):
-    packed = msgpack.packb([NUMBERS["registers"], 0, 0, 0, nested(depth)])
-    refused(made_of(packed), "registers holds")
+    refused(made_of(packed([NUMBERS["registers"], 0, nested(depth)], 0, 0)), "registers holds")
     with pytest.raises(TraceFormatError, match="registers holds"):
-        CODEC.pack(Entry(0, 0, ev.SetRegisters(0, nested(depth)), ()), 0)
+        pack(Entry(0, 0, ev.SetRegisters(0, nested(depth)), ()))
 
 
 def test_nesting_to_the_limit_is_kept():
     entry = Entry(0, 0, ev.SetRegisters(0, nested(MAX_DEPTH)), ())
-    assert CODEC.unpack(CODEC.pack(entry, 0)[0]) == [entry]
+    assert CODEC.unpack(pack(entry)) == [entry]
 
 
 def test_a_tuple_to_the_limit_is_kept_and_a_longer_one_refused():
     entry = Entry(0, 0, ev.SetRegisters(0, (1,) * MAX_ARRAY_ITEMS), ())
-    assert CODEC.unpack(CODEC.pack(entry, 0)[0]) == [entry]
+    assert CODEC.unpack(pack(entry)) == [entry]
     with pytest.raises(TraceFormatError, match="registers holds"):
-        CODEC.pack(Entry(0, 0, ev.SetRegisters(0, (1,) * (MAX_ARRAY_ITEMS + 1)), ()), 0)
+        pack(Entry(0, 0, ev.SetRegisters(0, (1,) * (MAX_ARRAY_ITEMS + 1)), ()))
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked():
@@ -167,11 +184,44 @@ def test_any_bytes_are_a_trace_or_refused(data):
 )
 def test_what_a_reader_would_refuse_is_not_written(entry, message):
     with pytest.raises(TraceFormatError, match=message):
-        CODEC.pack(entry, 0)
+        pack(entry)
 
 
 def test_enumerations_travel_as_their_numbers():
-    packed, _ = CODEC.pack(Entry(0, 0, ev.MemoryRead(ev.Party.DMA, 0, ev.Space.SPA, 0, False, 1), ()), 0)
-    (entry,) = CODEC.unpack(packed)
+    (entry,) = CODEC.unpack(pack(Entry(0, 0, ev.MemoryRead(ev.Party.DMA, 0, ev.Space.SPA, 0, False, 1), ())))
     assert entry.step == ev.MemoryRead(3, 0, 0, 0, False, 1)
     assert type(entry.step.party) is int
+
+
+def test_equal_values_of_other_types_are_other_records():
+    packer = BlockPacker(CODEC)
+    entries = [Entry(0, 0, ev.SetRegisters(0, value), ()) for value in ((1,), (True,), (0,), (False,), (1,))]
+    found = CODEC.unpack(b"".join(map(packer.pack, entries)))
+    assert [type(entry.step[1][0]) for entry in found] == [int, bool, int, bool, int]
+    with pytest.raises(TraceFormatError, match="advance holds"):
+        list(map(packer.pack, (Entry(0, 0, ev.AdvanceClock(value), ()) for value in (1, True))))
+
+
+@pytest.mark.parametrize("count", [1, MAX_REPEATED_BYTES - 20, MAX_REPEATED_BYTES, MAX_REPEATED_BYTES + 1])
+def test_a_record_that_comes_again_is_a_number_unless_it_is_long(count):
+    packer = BlockPacker(CODEC)
+    entry = Entry(0, 0, ev.AdvanceClock(1), (ev.Data(bytes(count)),) * 2)
+    block = packer.pack(entry) + packer.pack(entry)
+    assert CODEC.unpack(block) == [entry, entry]
+    assert (len(block) < 2 * count + 40) == (count <= MAX_REPEATED_BYTES - 20)
+
+
+def test_an_entry_that_is_refused_costs_no_other():
+    file = io.BytesIO()
+    good = Entry(0, 0, ev.AdvanceClock(1), (ev.Data(b"x"),))
+    with TraceWriter(file, Header(config=MachineConfig(plugins=("sme",))), vocabulary=VOCABULARY) as writer:
+        writer.append(good)
+        with pytest.raises(TraceFormatError, match="data holds"):
+            writer.append(Entry(0, 0, ev.AdvanceClock(1), (ev.Data(b"new"), ev.Data(b"other"), ev.Data([1]))))
+        with pytest.raises(TraceFormatError, match="advance holds"):
+            writer.append(Entry(0, 0, ev.AdvanceClock(-1), ()))
+        writer.append(Entry(0, 0, ev.AdvanceClock(1), (ev.Data(b"other"),)))
+        writer.append(good)
+    reader = TraceReader(file, vocabulary=VOCABULARY)
+    assert [entry.outcome[0] for entry in reader] == [(b"x",), (b"other",), (b"x",)]
+    assert reader.index.kinds == {"advance": 3, "data": 3}

@@ -10,6 +10,7 @@ Source: Linux arch/x86/kvm/trace.h and include/trace/events/kvm.h (6.1, 6.12, de
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from sevlab.core.vocabulary import Boundary, outcome, spec_of
@@ -26,6 +27,10 @@ class Event(NamedTuple):
     templates: tuple[str, ...]
     absent: dict[str, Any]
     """What the fields hold that a layout does not have."""
+
+    def parsers(self) -> tuple[Callable[[str], Any | None], ...]:
+        """A function for each layout: the record of a text, None for one of another layout."""
+        return tuple(compile_layout(template).parser(self.record, self.absent) for template in self.templates)
 
 
 EVENTS: dict[str, Event] = {}
@@ -46,14 +51,17 @@ def event(name: str, *templates: str, boundary: Boundary = Boundary.CPU) -> Call
 
 def parse_event(name: str, text: str) -> Any | None:
     """The record of event `name` whose text is `text`; None if the event or the layout is unknown."""
-    known = EVENTS.get(name)
-    if known is None:
-        return None
-    for template in known.templates:
-        fields = compile_layout(template).parse(text)
-        if fields is not None:
-            return known.record(**(known.absent | fields))
+    for parse in _parsers(name):
+        record = parse(text)
+        if record is not None:
+            return record
     return None
+
+
+@cache
+def _parsers(name: str) -> tuple[Callable[[str], Any | None], ...]:
+    known = EVENTS.get(name)
+    return () if known is None else known.parsers()
 
 
 Absent = tuple[int, ...]

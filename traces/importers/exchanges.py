@@ -19,7 +19,6 @@ from sevlab.core.events import GuestExit
 from sevlab.core.svm import EVENT_VALID, ExitCode
 from sevlab.core.vocabulary import Record
 from sevlab.traces.importers import kvm_exits as ke
-from sevlab.traces.importers import kvm_host as kh
 from sevlab.traces.importers import kvm_interrupts as ki
 from sevlab.traces.importers.lines import Line
 from sevlab.traces.importers.log_records import Entered, ExitEvent, Gap, HostActivity
@@ -28,6 +27,12 @@ from sevlab.traces.schema import NO_VCPU, Entry
 MODES = {"real": 16, "vm16": 16, "prot16": 16, "prot32": 32, "prot64": 64}
 IOIO_IN, IOIO_STRING = 1 << 0, 1 << 2
 MASK32 = 0xFFFF_FFFF
+CACHE_EXCHANGES = 1 << 13
+MAX_LINES = 4096
+"""Most lines in an exchange, interrupts that wait for one vCPU, threads without anything under way: more is nonsense,
+and memory stays flat."""
+
+NO_THREAD = -2
 FIXED_MODES = (0, 1)
 """Delivery modes whose message sets a bit of the IRR: fixed and lowest priority."""
 
@@ -38,10 +43,11 @@ class _Thread:
     `served`: the position in the log where a device served the exit, 0 before.
     """
 
-    __slots__ = ("arrivals", "body", "exit", "inside", "served", "started", "tid", "vcpu")
+    __slots__ = ("activity", "arrivals", "body", "exit", "inside", "served", "started", "tid", "vcpu")
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
+        self.activity = HostActivity(tid)
         self.vcpu = NO_VCPU
         self.inside = False
         self.exit: Any = None
@@ -62,102 +68,146 @@ class Exchanges:
         self._arrived: dict[int, list[tuple[int, int, int]]] = {}
         self._boot: _Thread | None = None
         self._threads: dict[int, _Thread] = {}
+        self._serving: dict[int, int] = {}
+        """Where in the log a device served the exchange that is under way in a thread."""
         self._done: list[tuple[int, Entry]] = []
+        self._same: dict[Record, Record] = {}
+        self._made: dict[tuple[int, ...], tuple[GuestExit, tuple[Record, ...], Any, list[Any]]] = {}
+        """What was made of lines before, by the identity of their records, which lasts as long as they are here."""
 
     def entries(self, lines: Iterable[Line]) -> Iterator[Entry]:
         """The entries of `lines`."""
         threads = self._threads
-        for position, (tid, time_ns, _, record) in enumerate(lines, 1):
-            thread = threads.get(tid)
-            if thread is None:
-                thread = threads[tid] = _Thread(tid)
-            kind = type(record)
-            action = ACTIONS.get(kind)
+        thread = nobody = _Thread(NO_THREAD)
+        for position, (tid, time_ns, record, action) in enumerate(lines, 1):
+            if tid != thread.tid:
+                thread = threads.get(tid) or threads.setdefault(tid, _Thread(tid))
+            if not position % MAX_LINES:
+                yield from self._give_up_long(time_ns)
             if action is None:
                 if thread.exit is not None or thread.inside:
                     thread.body.append(record)
                 else:
-                    yield Entry(time_ns, thread.vcpu, HostActivity(tid), (record,))
+                    yield Entry(time_ns, thread.vcpu, thread.activity, (record,))
             elif action is ENTER:
                 thread.vcpu, thread.inside = record.vcpu, True
                 if not record.vcpu:
                     self._boot = thread
                 self.vcpus = max(self.vcpus, record.vcpu + 1)
                 if thread.exit is None:
-                    yield Entry(time_ns, record.vcpu, HostActivity(tid), (*thread.body, record))
+                    yield Entry(time_ns, record.vcpu, thread.activity, (*thread.body, record))
                 else:
                     thread.body.append(record)
                     self._done.append((thread.served or position, self._exchange(thread, time_ns)))
+                self._serving.pop(tid, None)
                 thread.exit, thread.body, thread.served = None, [], 0
                 yield from self._in_order()
             elif action is LEAVE:
                 thread.exit, thread.started, thread.inside, thread.arrivals = record, time_ns, False, None
             elif action is LOSE:
                 yield from self._flush(time_ns)
+                thread = nobody
                 yield Entry(0, NO_VCPU, HostActivity(0), (record,))
             else:
                 if action is ARRIVE:
                     self._arrive(record)
                 elif action is SERVE:
-                    thread.served = thread.served or position
+                    if thread.exit is not None and not thread.served:
+                        thread.served = self._serving[tid] = position
                 elif thread.vcpu >= 0 and thread.arrivals is None:
                     thread.arrivals = self._take(thread.vcpu)
                 if thread.exit is not None or thread.inside:
                     thread.body.append(record)
                 else:
-                    yield Entry(time_ns, thread.vcpu, HostActivity(tid), (record,))
+                    yield Entry(time_ns, thread.vcpu, thread.activity, (record,))
         yield from self._flush(0)
 
     def _in_order(self) -> Iterator[Entry]:
         """What is done and no exchange under way was served before: devices saw the accesses in this order."""
-        done = self._done
-        if len(done) == 1 and self.vcpus == 1:
+        done, serving = self._done, self._serving
+        if len(done) == 1 and not serving:
             yield done.pop()[1]
             return
-        under_way = [thread.served for thread in self._threads.values() if thread.exit is not None and thread.served]
-        limit = min(under_way, default=None)
+        limit = min(serving.values()) if serving and len(done) <= MAX_LINES else END
         done.sort(key=POSITION)
-        while done and (limit is None or done[0][0] < limit):
+        while done and done[0][0] < limit:
             yield done.pop(0)[1]
 
     def _arrive(self, record: Any) -> None:
         if type(record) is ki.KvmSetIrq:
             boot = self._boot
             served = boot is not None and boot.exit is not None and any(type(one) is ke.KvmPio for one in boot.body)
-            self._arrived.setdefault(0, []).append((2 if served else 1, record.gsi, record.level))
+            target, arrival = 0, (2 if served else 1, record.gsi, record.level)
         elif record.mode in FIXED_MODES:
-            self._arrived.setdefault(record.apic_id, []).append((0, record.vector, int(record.level)))
+            target, arrival = record.apic_id, (0, record.vector, int(record.level))
+        else:
+            return
+        waiting = self._arrived.setdefault(target, [])
+        if len(waiting) < MAX_LINES:
+            waiting.append(arrival)
 
     def _take(self, vcpu: int) -> tuple[tuple[int, int, int], ...]:
         arrived = self._arrived.pop(vcpu, None)
         return tuple(arrived) if arrived else ()
+
+    def _give_up_long(self, time_ns: int) -> Iterator[Entry]:
+        """Give up exchanges that do not end, and forget who does not matter."""
+        for tid, thread in list(self._threads.items()):
+            if len(thread.body) > MAX_LINES:
+                begin = () if thread.exit is None else (thread.exit,)
+                self.unfinished += len(begin)
+                yield Entry(time_ns, thread.vcpu, thread.activity, (*begin, *thread.body))
+                thread.exit, thread.inside, thread.body, thread.served = None, False, [], 0
+                self._serving.pop(tid, None)
+            elif len(self._threads) > MAX_LINES and thread.exit is None and not thread.inside:
+                del self._threads[tid]
+        if len(self._arrived) > MAX_LINES:
+            self._arrived.clear()
 
     def _flush(self, time_ns: int) -> Iterator[Entry]:
         """Give up what is under way: the log ends here, or lost events."""
         for thread in self._threads.values():
             if thread.exit is not None:
                 self.unfinished += 1
-                self._done.append((thread.served or END, self._exchange(thread, None)))
+                self._done.append((thread.served or LAST, self._exchange(thread, None)))
             elif thread.body:
-                yield Entry(time_ns, thread.vcpu, HostActivity(thread.tid), tuple(thread.body))
+                yield Entry(time_ns, thread.vcpu, thread.activity, tuple(thread.body))
         self._threads.clear()
+        self._serving.clear()
         self._boot = None
         yield from self._in_order()
 
     def _exchange(self, thread: _Thread, entered_ns: int | None) -> Entry:
         self.exchanges += 1
-        exit_, body = thread.exit, thread.body
+        exit_, body, vcpu = thread.exit, thread.body, thread.vcpu
         arrivals = thread.arrivals
         if arrivals is None:
-            arrivals = self._take(thread.vcpu)
-        recorded: list[Record] = body
-        if exit_.intr_info:
-            recorded = [ExitEvent(exit_.intr_info[0], exit_.error_code[0], exit_.requests), *body]
-        else:
+            arrivals = self._take(vcpu)
+        if not exit_.intr_info:
             self.absent += 3  # vcpu, intr_info, error_code
-        if entered_ns is not None:
-            recorded.append(Entered(max(entered_ns - thread.started, 0)))
-        return Entry(thread.started, thread.vcpu, guest_exit(thread.vcpu, exit_, body, arrivals), tuple(recorded))
+        said = [record for record in body if type(record) in SAYING][:MAX_LINES]
+        same = (vcpu, id(exit_), *map(id, said))
+        made = self._made.get(same) if not arrivals else None
+        if made is None:
+            made = guest_exit(vcpu, exit_, said, arrivals), self._exit_event(exit_), exit_, said
+            if not arrivals:
+                if len(self._made) >= CACHE_EXCHANGES:
+                    self._made.clear()
+                self._made[same] = made
+        end = () if entered_ns is None else (self._known(Entered(max(entered_ns - thread.started, 0))),)
+        return Entry(thread.started, vcpu, made[0], (*made[1], *body, *end))
+
+    def _exit_event(self, exit_: Any) -> tuple[Record, ...]:
+        """What kvm_exit printed beside the step, where its layout prints it."""
+        if not exit_.intr_info:
+            return ()
+        return (self._known(ExitEvent(exit_.intr_info[0], exit_.error_code[0], exit_.requests)),)
+
+    def _known(self, record: Record) -> Record:
+        """An equal record of the kind, the same object as before where possible: few durations are most of them."""
+        if len(self._same) >= CACHE_EXCHANGES:
+            self._same.clear()
+        return self._same.setdefault(record, record)
 
 
 ENTER, LEAVE, LOSE, ARRIVE, SERVE, INJECT = range(6)
@@ -175,7 +225,14 @@ ACTIONS: dict[type, int] = {
 """What a record means for the grouping; any other belongs to what is under way in its thread."""
 
 POSITION = itemgetter(0)
-END = 1 << 63
+LAST, END = 1 << 62, 1 << 63
+
+
+SAYING = frozenset((
+    ke.KvmEmulateInsn, ke.KvmPio, ke.KvmMmio, ke.KvmMsr, ke.KvmCpuid, ke.KvmHypercall, ki.KvmInjVirq,
+    ki.KvmInjException, ki.KvmPvEoi,
+))  # fmt: skip
+"""The records of an exchange that say something about its step."""
 
 
 def guest_exit(vcpu: int, exit_: Any, body: list[Any], arrivals: tuple[tuple[int, int, int], ...]) -> GuestExit:
@@ -187,8 +244,6 @@ def guest_exit(vcpu: int, exit_: Any, body: list[Any], arrivals: tuple[tuple[int
     refused = ended = interruptible = False
     for record in body:
         kind = type(record)
-        if kind is kh.KvmFpu or kind is ke.KvmEntry:
-            continue
         if kind is ke.KvmEmulateInsn:
             insn, mode, cs_base = record.insn, MODES.get(record.mode, 0), record.cs_base
         elif kind is ke.KvmPio:
@@ -211,7 +266,7 @@ def guest_exit(vcpu: int, exit_: Any, body: list[Any], arrivals: tuple[tuple[int
             else:
                 answers = (record.value,)
         elif kind is ke.KvmCpuid and not answers:
-            registers = (("rax", record.leaf), ("rcx", record.subleaf))
+            registers = (("rax", record.leaf), *(("rcx", number) for number in record.subleaf))
             answers = (record.eax, record.ebx, record.ecx, record.edx)
         elif kind is ke.KvmHypercall:
             registers = (

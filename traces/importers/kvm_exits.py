@@ -132,16 +132,15 @@ class KvmMsr(NamedTuple):
 @event(
     "kvm_cpuid",
     (
-        "func {leaf:x} idx {subleaf:x} rax {eax:x} rbx {ebx:x} rcx {ecx:x} rdx {edx:x}, cpuid entry"
-        " {found:one:not found|found}{clamped:is:, used max basic}"
+        "func {leaf:x}< idx {subleaf:x}> rax {eax:x} rbx {ebx:x} rcx {ecx:x} rdx {edx:x}, cpuid entry"
+        " {found:one:not found|found}< >{clamped:is:, used max basic}"
     ),
-    "func {leaf:x} rax {eax:x} rbx {ebx:x} rcx {ecx:x} rdx {edx:x}, cpuid entry {found:one:not found|found}< >",
 )
 class KvmCpuid(NamedTuple):
     """CPUID."""
 
     leaf: Derived[int]
-    subleaf: Derived[int]
+    subleaf: Derived[Absent]
     eax: Checked[int]
     ebx: Checked[int]
     ecx: Checked[int]

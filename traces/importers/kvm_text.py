@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sevlab.traces.importers.exchanges import Exchanges
-from sevlab.traces.importers.lines import HEAD, LineReader
+from sevlab.traces.importers.exchanges import ACTIONS, Exchanges
+from sevlab.traces.importers.lines import HEAD, MAX_FRONT, LineReader
 from sevlab.traces.schema import Entry
 
 PLUGINS = ("captured",)
@@ -27,7 +27,7 @@ def recognise(head: bytes) -> str:
     for line in lines[:20]:
         before, found, body = line.partition(": ")
         front, _, time = before.rpartition(" ")
-        if found and time[:1].isdigit() and HEAD.fullmatch(front.rstrip()):
+        if found and len(front) <= MAX_FRONT and time[:1].isdigit() and HEAD.fullmatch(front.rstrip()):
             return "perf" if body.strip().startswith("kvm:") else "ftrace"
     return ""
 
@@ -38,7 +38,7 @@ class KvmText:
     def __init__(self, format_: str, lines: Iterable[str]) -> None:
         self.format = format_
         self._lines = lines
-        self._reader = LineReader()
+        self._reader = LineReader(ACTIONS)
         self._exchanges = Exchanges()
 
     def entries(self) -> Iterator[Entry]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sevlab.traces.importers.events import parse_event
@@ -18,26 +18,32 @@ from sevlab.traces.importers.log_records import Gap, OpaqueEvent
 CACHE_LINES = 1 << 16
 """Entries of a cache before it starts afresh: bounds memory at any length of the log."""
 
-HEAD = re.compile(r"\s*(?:.*?\S)[-\s]\s*(?P<tid>\d+)\s+(?:\(\s*[\d-]+\)\s+)?\[(?P<cpu>\d+)\](?:\s+[^\s]{1,8})?")
-WHOLE = re.compile(
-    rf"(?P<head>{HEAD.pattern.replace('?P<tid>', '').replace('?P<cpu>', '')})\s+(?P<time>\d+\.\d+): (?P<body>.*)"
+MAX_FRONT = 200
+"""Longest part of a line before its body: a longer one is none, and takes no time to look at."""
+
+HEAD = re.compile(
+    r"\s*(?:.*?\S)[-\s]\s*(?P<tid>\d{1,10})\s+(?:\(\s*[\d-]+\)\s+)?\[(?P<cpu>\d{1,9})\](?:\s+[^\s]{1,8})?"
 )
-LOST = re.compile(r"CPU:(?P<cpu>\d+) \[(?:LOST )?(?P<count>\d*) ?EVENTS(?: DROPPED)?\]")
+TIME = re.compile(r"\d{1,10}\.\d{1,9}")
+WHOLE = re.compile(rf"{HEAD.pattern}\s+(?P<time>{TIME.pattern}): ")
+SECONDS = re.compile(r".*\s(\d{1,10})\.")
+LOST = re.compile(r"CPU:(?P<cpu>\d{1,9}) \[(?:LOST )?(?P<count>\d{0,18}) ?EVENTS(?: DROPPED)?\]")
 NANOSECOND_DIGITS = 9
-OPAQUE = "?"
-"""In front of the name of an event whose record is opaque, while it is counted."""
 
-
-Line = tuple[int, int, str, Any]
-"""One event: thread id, nanoseconds, name, and record; a plain tuple, since there is one for each line."""
+Line = tuple[int, int, Any, Any]
+"""One event: thread id, nanoseconds, record and its tag; a plain tuple, since there is one for each line."""
 
 
 class LineReader:
-    """Reads lines and counts: `lines` all of them, `events` by name, `opaque` by name, `rejected` with examples."""
+    """Reads lines and counts: `lines` all of them, `events` by name, `opaque` by name, `rejected` with examples.
+
+    `tags` give each kind of record what its user wants to know at once.
+    """
 
     EXAMPLES = 10
 
-    def __init__(self) -> None:
+    def __init__(self, tags: Mapping[type, Any]) -> None:
+        self._tags = tags
         self.lines = 0
         self.headers = 0
         self.events: Counter[str] = Counter()
@@ -48,68 +54,79 @@ class LineReader:
 
     def read(self, lines: Iterable[str]) -> Iterator[Line]:
         """The events of `lines` in their order; a gap has thread id -1."""
-        heads: dict[str, int] = {}
-        bodies: dict[str, tuple[str, Any]] = {}
-        counts: dict[str, int] = {}
+        fronts: dict[str, tuple[int, int]] = {}
+        """By a line up to its microseconds: thread id, nanoseconds of the second."""
+        bodies: dict[str, list[Any]] = {}
+        """By text: how often it came, the event's name, its record, the record's tag."""
         number = 0
         try:
             for number, line in enumerate(lines, 1):
-                head, found, body = line.partition(": ")
-                front, _, time = head.rpartition(" ")
-                tid = heads.get(front)
+                head, _, body = line.partition(": ")
+                micros = head[-6:]
+                front = fronts.get(head[:-6])
                 known = bodies.get(body)
-                if tid is None or known is None:
-                    if not found or (tid is None and (tid := self._head(front, time)) is None):
-                        whole = WHOLE.match(line)
-                        if whole is None:
-                            yield from self._other(number, line)
-                            continue
-                        front, time, body = whole["head"], whole["time"], whole["body"]
-                        tid, known = self._head(front, time), bodies.get(body)
-                        assert tid is not None  # WHOLE matched the same head
-                    if len(heads) >= CACHE_LINES:
-                        heads.clear()
-                    heads[front] = tid
-                    if known is None:
-                        known = self._body(body)
-                        if len(bodies) >= CACHE_LINES:
-                            bodies.clear()
-                        bodies[body] = known
-                name, record = known
-                counts[name] = counts.get(name, 0) + 1
-                try:
-                    time_ns = int(time.replace(".", "")) * 1000
-                    if time[-7:-6] != ".":
-                        time_ns = _time_ns(time)
-                except ValueError:
-                    counts[name] -= 1
-                    self._reject(number, line)
+                if known is not None and front is not None and micros.isdecimal():
+                    known[0] += 1
+                    yield front[0], front[1] + int(micros) * 1000, known[2], known[3]
                     continue
-                yield tid, time_ns, name, record
+                if front is not None and micros.isdecimal():
+                    tid, time_ns = front[0], front[1] + int(micros) * 1000
+                else:
+                    split = self._split(line)
+                    if split is None:
+                        yield from self._other(number, line)
+                        continue
+                    tid, time, body = split
+                    time_ns, known = _time_ns(time), bodies.get(body)
+                    if len(fronts) >= CACHE_LINES:
+                        fronts.clear()
+                    second = SECONDS.fullmatch(head[:-6])
+                    if second is not None and head.endswith(time) and micros.isdecimal():
+                        fronts[head[:-6]] = tid, int(second[1]) * 1_000_000_000
+                if known is None:
+                    if len(bodies) >= CACHE_LINES:
+                        self._count(bodies)
+                        bodies.clear()
+                    known = bodies[body] = [0, *self._body(body)]
+                known[0] += 1
+                yield tid, time_ns, known[2], known[3]
         finally:
             self.lines += number
-            for name, count in counts.items():
-                self.events[name.removeprefix(OPAQUE)] += count
-                if name.startswith(OPAQUE):
-                    self.opaque[name.removeprefix(OPAQUE)] += count
+            self._count(bodies)
+
+    def _count(self, bodies: dict[str, list[Any]]) -> None:
+        for count, name, record, _ in bodies.values():
+            self.events[name] += count
+            if type(record) is OpaqueEvent:
+                self.opaque[name] += count
 
     @staticmethod
-    def _head(front: str, time: str) -> int | None:
-        found = HEAD.fullmatch(front.rstrip())
-        return int(found["tid"]) if found and time[:1].isdigit() else None
+    def _split(line: str) -> tuple[int, str, str] | None:
+        """Thread id, time and body of a line; None for one of another form."""
+        head, found, body = line.partition(": ")
+        front, _, time = head.rpartition(" ")
+        if found and len(front) <= MAX_FRONT and TIME.fullmatch(time):
+            match = HEAD.fullmatch(front.rstrip())
+            if match is not None:
+                return int(match["tid"]), time, body
+        match = WHOLE.match(line[:MAX_FRONT])  # the comm may hold ": "
+        return None if match is None else (int(match["tid"]), match["time"], line[match.end() :])
 
-    def _body(self, body: str) -> tuple[str, Any]:
+    def _body(self, body: str) -> tuple[str, Any, Any]:
         name, _, text = body.strip().removeprefix("kvm:").partition(":")
         name, text = name.strip(), text.strip()
         record = parse_event(name, text)
-        return (name, record) if record is not None else (OPAQUE + name, OpaqueEvent(name, text))
+        if record is None:
+            record = OpaqueEvent(name, text)
+        return name, record, self._tags.get(type(record))
 
     def _other(self, number: int, line: str) -> Iterator[Line]:
         text = line.strip()
         lost = LOST.fullmatch(text)
         if lost is not None:
             self.gaps += 1
-            yield -1, 0, "", Gap(int(lost["cpu"]), (int(lost["count"]),) if lost["count"] else ())
+            gap = Gap(int(lost["cpu"]), (int(lost["count"]),) if lost["count"] else ())
+            yield -1, 0, gap, self._tags.get(Gap)
         elif not text or text[0] == "#" or text.startswith(("cpus=", "version =")):
             self.headers += 1
         else:

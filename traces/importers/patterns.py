@@ -29,28 +29,44 @@ Convert = Callable[[str], Any]
 
 
 class Layout(NamedTuple):
-    """A compiled template: `match` of the whole body, and for each field of the record how its text converts."""
+    """A compiled template: `match` of the whole body, and for each of its groups the field and its conversion."""
 
     match: Callable[[str], re.Match[str] | None]
     convert: tuple[tuple[str, Convert], ...]
 
-    def parse(self, body: str) -> dict[str, Any] | None:
-        """The fields of `body` by name; None when it has another layout."""
-        found = self.match(body)
-        if found is None:
-            return None
-        texts = found.groupdict()
-        try:
-            return {name: convert(texts[name]) for name, convert in self.convert}
-        except (KeyError, ValueError):
-            return None
+    def parser(self, record: Any, absent: Mapping[str, Any]) -> Callable[[str], Any | None]:
+        """A function from a body to a `record`, or to None when it has another layout; `absent` fills what is left.
+
+        The fields' conversions become one generated expression: a log has many bodies.
+        """
+        places = {name: place for place, (name, _) in enumerate(self.convert)}
+        scope: dict[str, Any] = {"new": tuple.__new__, "cls": record, "int": int}
+        fields = []
+        for name in record._fields:
+            place = places.get(name)
+            if place is None:
+                scope[f"absent_{name}"] = absent[name]
+                fields.append(f"absent_{name}")
+            elif self.convert[place][1] is _hex:
+                fields.append(f"int(groups[{place}], 16)")
+            else:
+                scope[f"convert_{place}"] = self.convert[place][1]
+                fields.append(f"convert_{place}(groups[{place}])")
+        make = eval(f"lambda groups: new(cls, ({', '.join(fields)},))", scope)  # noqa: S307  # names of our declarations
+        match = self.match
+
+        def parse(body: str) -> Any | None:
+            found = match(body)
+            try:
+                return None if found is None else make(found.groups())
+            except (KeyError, ValueError):
+                return None
+
+        return parse
 
 
 def _hex(text: str) -> int:
-    value = int(text, 16)
-    if value > MASK64:
-        raise ValueError(text)
-    return value
+    return int(text, 16)
 
 
 def _decimal(text: str) -> int:
@@ -65,7 +81,7 @@ def _optional(convert: Convert) -> Convert:
 
 
 FORMS: Mapping[str, tuple[str, Convert]] = {
-    "x": (r"(?:0x)?[0-9a-fA-F]{1,18}", _hex),
+    "x": (r"(?:0x)?[0-9a-fA-F]{1,16}", _hex),
     "d": (r"-?\d{1,20}", _decimal),
     "byte": (r"-?\d{1,3}", lambda text: int(text) & 0xFF),
     "bytes": (r"[0-9a-f]{2}(?: [0-9a-f]{2})*", bytes.fromhex),

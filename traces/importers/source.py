@@ -14,6 +14,9 @@ from sevlab.core.errors import TraceFormatError
 
 PEEK_BYTES = 1 << 14
 
+MAX_LINE_BYTES = 1 << 18
+"""Longest line of a text; also how much of it is read at once."""
+
 
 class Source(NamedTuple):
     """A capture that was opened: `stream` gives its content unpacked, `head` is how it starts."""
@@ -24,8 +27,21 @@ class Source(NamedTuple):
     file: IO[bytes]
 
     def text(self) -> Iterator[str]:
-        """The lines of a text; bytes that are not ASCII stay apart from each other."""
-        return io.TextIOWrapper(self.stream, encoding="utf-8", errors="surrogateescape", newline="\n")
+        """The lines of a text, without their ends; bytes that are not ASCII stay apart from each other.
+
+        A line longer than `MAX_LINE_BYTES` comes in pieces, so that memory stays flat whatever the file is.
+        """
+        rest = b""
+        while data := self.stream.read(MAX_LINE_BYTES):
+            whole, end, rest_of = (rest + data).rpartition(b"\n")
+            if end:
+                yield from whole.decode("utf-8", "surrogateescape").split("\n")
+            rest = rest_of
+            if len(rest) >= MAX_LINE_BYTES:
+                yield rest.decode("utf-8", "surrogateescape")
+                rest = b""
+        if rest:
+            yield rest.decode("utf-8", "surrogateescape")
 
     def close(self) -> None:
         """Close the file."""

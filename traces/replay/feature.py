@@ -107,7 +107,8 @@ def compare(step: GuestExit, record: Record, requests: list[Any]) -> Iterator[Co
             yield "value", record.value, fields.get("rdx", 0) << 32 | fields.get("rax", 0)
     elif isinstance(record, ke.KvmCpuid) and step.exit_code == ExitCode.CPUID:
         yield "leaf", record.leaf, fields.get("rax", 0) & 0xFFFF_FFFF
-        yield "sub-leaf", record.subleaf, fields.get("rcx", 0) & 0xFFFF_FFFF
+        for subleaf in record.subleaf:
+            yield "sub-leaf", subleaf, fields.get("rcx", 0) & 0xFFFF_FFFF
 
 
 COMPARED = frozenset((ke.KvmPio, ke.KvmMmio, ke.KvmMsr, ke.KvmCpuid))

@@ -189,6 +189,12 @@ PUBLISHED = {
     " tsc_to_system_mul 0xd15ecc24, tsc_shift -1, flags 0x1 }": kh.KvmPvclockUpdate(
         0, 2, 0x88F7FE0, 0xD801910, 0xD15ECC24, 0xFF, 1
     ),
+    "kvm_cpuid: func 1 rax 6f1 rbx 800 rcx 80 rdx 7, cpuid entry found": ke.KvmCpuid(
+        1, (), 0x6F1, 0x800, 0x80, 7, True, False
+    ),
+    "kvm_cpuid: func 4 idx 1 rax 0 rbx 0 rcx 0 rdx 0, cpuid entry not found, used max basic": ke.KvmCpuid(
+        4, (1,), 0, 0, 0, 0, False, True
+    ),
     "kvm_hypercall: nr 0xc a0 0x100000 a1 0x200 a2 0x10 a3 0x0": ke.KvmHypercall(12, 0x100000, 0x200, 0x10, 0),
 }
 
