@@ -261,6 +261,8 @@ class Access:
         if isinstance(found, NestedFault):
             raise FaultUnwind(Fault(ExitCode.NPF, found.error_code, gpa))
         mapped = self._nested[page] = Mapped.of(found)
+        if known is not None and known.spa != mapped.spa:
+            self.changes += 1  # tables were written behind the back of a translation that is replaced now
         if self._memory.unwritten(self._walked):
             self._kept[page] = mapped, set(self._walked)
         return mapped

@@ -307,14 +307,15 @@ class Words:
                 runs.append([name])
         for place, run in zip(places, runs, strict=True):
             lines.append(f"    pack_{len(run)}(content, {place.start}, {', '.join(run)})")
-        for offset, data in fixed:
+        for offset, data in fixed:  # a slice would make a bytearray of the bytes first
             places.append(slice(offset, offset + len(data)))
-            lines.append(f"    content[{offset}:{offset + len(data)}] = {data!r}")
+            lines.append(f"    pack_bytes_{len(data)}(content, {offset}, {data!r})")
         if any(place.start < 0 for place in places):
             raise ValueError(f"{places}: expected no place before 0")
         self.places = tuple(places)
         self.end = max(place.stop for place in places)
         scope: dict[str, Any] = {f"pack_{n}": Struct(f"<{n}Q").pack_into for n in range(1, len(offsets) + 1)}
+        scope |= {f"pack_bytes_{len(data)}": Struct(f"{len(data)}s").pack_into for _, data in fixed}
         exec("\n".join(lines), scope)  # noqa: S102  # made of numbers and bytes only
         self.store: Callable[..., None] = scope["store"]
         """Stores the numbers and the fixed bytes in a bytearray of at least `end` bytes."""

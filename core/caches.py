@@ -108,6 +108,10 @@ class CachedMemory(Memory):
                 for start, count in _runs(line.tags):
                     super().write((number << 6) + start, line.data[start : start + count], key, line.tags[start])
 
+    def token(self, pfn: int) -> object | None:
+        """None: what a line holds is not the page's."""
+        return None
+
     def unwritten(self, pfns: set[int]) -> bool:
         """Never known: a line that was written and dropped leaves no trace."""
         return False

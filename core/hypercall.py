@@ -32,6 +32,10 @@ class CodeMode(Enum):
     BITS_64 = "64-bit mode"
 
 
+REAL, VM86, BITS_16, BITS_32, BITS_64 = CodeMode
+"""By name alone: the look at an enumeration's member costs more than the rest of the question, at every hypercall."""
+
+
 class HypercallEnd(Enum):
     """What became of a hypercall."""
 
@@ -52,7 +56,7 @@ class HypercallFrame:
 
     __slots__ = ("cpl", "given", "mode", "registers", "written")
 
-    def __init__(self, registers: Registers, *, cpl: int, mode: CodeMode, given: frozenset[str] | None = None) -> None:
+    def __init__(self, registers: Registers, cpl: int, mode: CodeMode, given: frozenset[str] | None = None) -> None:
         self.registers = registers
         self.cpl = cpl
         self.mode = mode
@@ -72,10 +76,10 @@ def code_mode(vcpu: Vcpu) -> CodeMode:
     """The mode of a guest whose segments are visible. Source: spec 24593, 1.3 and 14.5."""
     system = vcpu.system
     if not system.cr0 & CR0_PE:
-        return CodeMode.REAL
+        return REAL
     if vcpu.regs.rflags & RFLAGS_VM:
-        return CodeMode.VM86
+        return VM86
     attributes = system.cs[1]
     if attributes & CS_LONG and system.efer & EFER_LME and system.cr0 & CR0_PG:
-        return CodeMode.BITS_64
-    return CodeMode.BITS_32 if attributes & CS_BIG else CodeMode.BITS_16
+        return BITS_64
+    return BITS_32 if attributes & CS_BIG else BITS_16

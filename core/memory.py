@@ -151,7 +151,7 @@ class Memory:
             page = self._settle(pfn, page)
         if page is not None and page.key is key:
             if page.epoch == epoch:
-                page.cipher = page.view = None
+                page.token = page.cipher = page.view = None
                 if keep and type(page.data) is bytes:
                     page.data = bytearray(page.data)
                 return page
@@ -211,7 +211,7 @@ class Memory:
             consume(page.data)
             page.key = new
             page.tag = tag
-            page.tags = page.cipher = page.view = None
+            page.tags = page.token = page.cipher = page.view = None
             if changed is not None and old is not new:
                 changed(pfn, old, new)
         self._rewrite(last * PAGE_BYTES, end - last * PAGE_BYTES, old, new, tag, consume)
@@ -300,7 +300,7 @@ class Memory:
             room[:] = page.data
             page.data = room
             self.lent.add(pfn)
-        page.cipher = page.view = None
+        page.token = page.cipher = page.view = None
         if switched or (page.tag == TAG_POISON and page.tags is None):
             page.tag, page.tags = tag, None
         return switched
@@ -328,6 +328,18 @@ class Memory:
         """Take every lent page back."""
         for pfn in list(self.lent):
             self._recall(pfn)
+
+    def token(self, pfn: int) -> object | None:
+        """What stays the same object as long as the bytes of page `pfn` stay the same; None: nobody can tell.
+
+        For whoever keeps something made of a page's bytes.
+        """
+        page = self.pages.get(pfn)
+        if page is None or page.key is DEFERRED or pfn in self.lent:
+            return None
+        if page.token is None:
+            page.token = object()
+        return page.token
 
     def dram(self, spa: int, length_bytes: int) -> bytes:
         """What a cold-boot reader finds in the DRAM cells: the ciphertext of encrypted pages."""

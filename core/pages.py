@@ -15,7 +15,7 @@ from sevlab.core.units import PAGE_BYTES
 class Page:
     """One page of DRAM as its last writer sees it."""
 
-    __slots__ = ("cipher", "data", "epoch", "key", "mixed", "source", "tag", "tags", "view", "view_key")
+    __slots__ = ("cipher", "data", "epoch", "key", "mixed", "source", "tag", "tags", "token", "view", "view_key")
 
     def __init__(self, data: bytes | bytearray, key: MemoryKey | None, epoch: int, tag: int = 0) -> None:
         self.data: bytes | bytearray | memoryview = data
@@ -25,6 +25,8 @@ class Page:
         self.tag = tag
         self.tags: bytes | bytearray | None = None
         self.mixed = False  # written under more than one key: some is ciphertext to the last writer
+        self.token: object | None = None
+        """Of `Memory.token`: gone with the next write."""
         self.cipher: bytes | None = None
         self.view: bytes | None = None
         self.view_key: MemoryKey | None = None
@@ -39,7 +41,7 @@ class Page:
         page.epoch = epoch
         page.tag, page.mixed = self.tag, self.mixed
         page.tags = None if self.tags is None else self.tags[:]
-        page.cipher = page.view = page.view_key = page.source = None
+        page.token = page.cipher = page.view = page.view_key = page.source = None
         return page
 
     def own_tags(self) -> bytearray:

@@ -101,6 +101,7 @@ class StatefulMeta(type):
         cls.FIELDS = tuple(cls._defaults)
         cls._capture = staticmethod(_capture_function(cls.FIELDS))
         cls._load = _load_function(cls.FIELDS)
+        cls._fresh = staticmethod(_fresh_function(tuple(cls._defaults.values())))
         cls._raw_class = cls
         cls._clean_class = mcs(
             name, (cls,), {"__slots__": (), "__setattr__": _note, "__module__": cls.__module__}, clean=True
@@ -126,6 +127,13 @@ def _load_function(fields: tuple[str, ...]) -> Callable[[Any, tuple[Any, ...]], 
     scope: dict[str, Any] = {}
     exec(f"def load(item, values):\n    {targets}, = values\n", scope)  # noqa: S102  # field names only
     return scope["load"]  # type: ignore[no-any-return]
+
+
+def _fresh_function(defaults: tuple[Any, ...]) -> Callable[[], tuple[Any, ...]]:
+    """The values of a new object, with what it makes for itself."""
+    if not any(isinstance(default, New) for default in defaults):
+        return lambda: defaults
+    return lambda: tuple(default() if isinstance(default, New) else default for default in defaults)
 
 
 def _note(item: Any, name: str, value: object) -> None:
@@ -156,8 +164,7 @@ class Stateful(metaclass=StatefulMeta):
     def __init__(self, **values: Any) -> None:
         self._boot: tuple[Any, ...] | None = None
         self._journal: Journal | None = None
-        for name, default in self._defaults.items():
-            setattr(self, name, default() if isinstance(default, New) else default)
+        type(self)._load(self, type(self)._fresh())  # type: ignore[attr-defined]
         for name, value in values.items():
             if name not in self._defaults:
                 raise TypeError(f"{type(self).__name__} has no field {name!r}; it has {', '.join(self.FIELDS)}")

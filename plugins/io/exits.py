@@ -131,6 +131,9 @@ def xsetbv(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     skip_instruction(vcpu, exit_)
 
 
+PREEMPTED = HypercallEnd.PREEMPTED
+
+
 def vmmcall(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     """VMMCALL: the owner of the slot `hypercall` answers; without one it is #UD."""
     registers = visible_registers(machine, vcpu)
@@ -138,8 +141,8 @@ def vmmcall(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     if owner is None:
         inject_exception(machine, vcpu, Vector.UD)
         return
-    frame = HypercallFrame(registers, cpl=vcpu.system.cpl, mode=code_mode(vcpu))
-    if owner(machine, vcpu, frame) is not HypercallEnd.PREEMPTED:
+    frame = HypercallFrame(registers, vcpu.system.cpl, code_mode(vcpu))
+    if owner(machine, vcpu, frame) is not PREEMPTED:
         skip_instruction(vcpu, exit_)
 
 

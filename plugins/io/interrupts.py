@@ -51,8 +51,11 @@ def pic_reaches(board: Devices, vcpu: Vcpu) -> bool:
 def pending(machine: Machine, board: Devices, vcpu: Vcpu) -> bool:
     """Whether any interrupt waits for `vcpu`."""
     direct = machine.slots.direct_interrupt
-    if direct is not None and direct(machine, vcpu) is not None:
-        return True
+    return (direct is not None and direct(machine, vcpu) is not None) or controllers_ask(board, vcpu)
+
+
+def controllers_ask(board: Devices, vcpu: Vcpu) -> bool:
+    """Whether an interrupt controller has something for `vcpu`."""
     return board.lapics[vcpu.vcpu_id].pending() is not None or (board.pics.pending() and pic_reaches(board, vcpu))
 
 
@@ -71,16 +74,15 @@ def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
     apic = board.lapics[vcpu.vcpu_id]
     if apic.nmi_pending and _inject_nmi(vcpu, apic):
         return
+    direct = machine.slots.direct_interrupt
+    vector = None if direct is None else direct(machine, vcpu)
     pic = board.pics.master
-    if not apic.irr and not pic.irr & ~pic.imr and machine.slots.direct_interrupt is None:
+    asked = apic.irr or pic.irr & ~pic.imr  # nobody asks: what nearly every entry finds
+    if vector is None and not (asked and controllers_ask(board, vcpu)):
         if vmcb.vintr & V_IRQ:
-            close_window(vcpu)  # nobody asks: what nearly every entry finds
-    elif not pending(machine, board, vcpu):
-        close_window(vcpu)
+            close_window(vcpu)
     elif can_take(vcpu):
         close_window(vcpu)
-        direct = machine.slots.direct_interrupt
-        vector = direct(machine, vcpu) if direct is not None else None
         if vector is None:
             vector = apic.acknowledge()
         if vector is None:

@@ -120,7 +120,7 @@ def sevlab_register(builder: PluginBuilder) -> None:
     settings = settings_of(builder.options)
     builder.component(XenState())
     owner = Owner(settings)
-    builder.slot("hypercall", owner)
+    builder.slot("hypercall", owner.serve)
     builder.slot("hypercall_registers", owner.passed)
     builder.slot("next_timer", clock.next_timer)
     builder.slot("direct_interrupt", events.direct_interrupt)

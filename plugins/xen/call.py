@@ -12,27 +12,22 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from sevlab.core.access import RFLAGS_AC
-from sevlab.core.cpu import CONTROL_SEV_ES, Vcpu
 from sevlab.core.memory import TAG_HYPERVISOR, split_pages
-from sevlab.core.paging import Translation, WalkAccess, paging_context, walk
 from sevlab.core.units import MASK32, MASK64, PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
-from sevlab.plugins.xen.frames import fetch, may_write, page_of, store
+from sevlab.plugins.xen.frames import fetch, may_write, page_of
 from sevlab.plugins.xen.numbers import Domid
 from sevlab.plugins.xen.state import Domain, PageKind, XenVcpu, xen
 
 if TYPE_CHECKING:
+    from sevlab.core.cpu import Vcpu
     from sevlab.core.hypercall import HypercallFrame
     from sevlab.core.layout import Layout
     from sevlab.core.machine import Machine
     from sevlab.plugins.xen.arguments import Shape
+    from sevlab.plugins.xen.linear import Walks
 
 MAX_COPY_BYTES = 1 << 20
 """No hypercall copies more at once; a longer request is a fault here."""
-
-
-WALK_WRITE, WALK_AC = int(WalkAccess.WRITE), int(WalkAccess.AC)
-"""As plain numbers: an operation on members costs more than the rest of the call."""
 
 
 class Abi(Enum):
@@ -41,6 +36,10 @@ class Abi(Enum):
     LEGACY = "legacy"
     PHYSICAL = "physical"
     FAST = "fast"
+
+
+LEGACY, SELF = Abi.LEGACY, int(Domid.SELF)
+"""By name alone: the look at an enumeration's member costs more than the rest of the question."""
 
 
 class Call:
@@ -62,9 +61,8 @@ class Call:
         "narrow",
         "number",
         "places",
-        "places_changes",
         "vcpu",
-        "walked",
+        "walks",
     )
 
     def __init__(  # positional: made at every hypercall
@@ -78,6 +76,9 @@ class Call:
         narrow: bool,  # noqa: FBT001
         left: int,
         debug_build: bool,  # noqa: FBT001
+        walks: Walks,
+        number: int,
+        args: tuple[int, ...],
     ) -> None:
         self.machine = machine
         self.vcpu = vcpu
@@ -88,14 +89,12 @@ class Call:
         self.narrow = narrow
         self.left = left
         self.debug_build = debug_build
-        self.number = 0
-        self.args: tuple[int, ...] = ()
+        self.walks = walks
+        self.number = number
+        self.args = args
         self.in_multicall = False
-        self.walked: dict[int, int] = {}
-        """Pages walked to, with bit 0 for writing: their guest-physical addresses."""
-        self.places: dict[int, int] = {}
-        """Pages of buffers, with bit 0 for writing: their SPAs, as long as no nested table changes."""
-        self.places_changes = machine.access.changes
+        self.places: dict[int, tuple[int, int, int]] = {}
+        """Pages of buffers, with bit 0 for writing: guest-physical and system-physical address, and when that was."""
         self.continuation: tuple[int, tuple[int, ...]] | None = None
 
     # Continuations ------------------------------------------------------------------------------------------------
@@ -118,56 +117,26 @@ class Call:
 
     def _place(self, handle: int, *, write: bool) -> int | None:
         """SPA of the byte at `handle`, as Xen finds it; None where the copy fails."""
+        machine = self.machine
         page = handle & -PAGE_BYTES | write
-        changes = self.machine.access.changes
-        if changes != self.places_changes:
-            self.places.clear()
-            self.places_changes = changes
+        changes = machine.access.changes
         known = self.places.get(page)
-        if known is not None:
-            return known + (handle & PAGE_MASK)
-        if self.abi is not Abi.LEGACY:
-            gpa = handle
+        if known is not None:  # walked once a call
+            gpa, spa, when = known
+            if when == changes:
+                return spa + (handle & PAGE_MASK)
+        elif self.abi is not LEGACY:
+            gpa = handle & -PAGE_BYTES
         else:
-            found = self._walk(handle, write=write)
-            if found is None:
+            walked = self.walks.gpa(machine, self.vcpu, self.domain, handle, write=write)
+            if walked is None:
                 return None
-            gpa = found
-        spa = page_of(self.machine, self.domain, gpa >> PAGE_SHIFT)
-        if spa is None or (write and not may_write(self.machine, spa)):
+            gpa = walked & -PAGE_BYTES
+        found = page_of(machine, self.domain, gpa >> PAGE_SHIFT)
+        if found is None or (write and not may_write(machine, found)):
             return None
-        self.places[page] = spa
-        return spa + (gpa & PAGE_MASK)
-
-    def _walk(self, linear: int, *, write: bool) -> int | None:
-        """Guest-physical address by the guest's page tables, read without its key; walked once a page and call."""
-        page = linear & -PAGE_BYTES | write
-        known = self.walked.get(page)
-        if known is not None:
-            return known | linear & PAGE_MASK
-        vcpu, machine, domain = self.vcpu, self.machine, self.domain
-        if vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
-            return None  # CR3 is in the encrypted save area
-        system = vcpu.system
-        context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, 0)
-        access = (WALK_WRITE if write else 0) | (WALK_AC if vcpu.regs.rflags & RFLAGS_AC else 0)
-        memory = machine.memory
-
-        def read_entry(gpa: int, width_bytes: int) -> int:
-            spa = page_of(machine, domain, gpa >> PAGE_SHIFT)
-            if spa is None:
-                return 0
-            return int.from_bytes(memory.read(spa + (gpa & PAGE_MASK), width_bytes, None), "little")
-
-        found = walk(context, linear & MASK64, access, read_entry=read_entry)
-        if not isinstance(found, Translation):
-            return None
-        for gpa, width_bytes, value in found.updates:
-            spa = page_of(machine, domain, gpa >> PAGE_SHIFT)
-            if spa is not None:
-                store(machine, spa + (gpa & PAGE_MASK), value.to_bytes(width_bytes, "little"))
-        self.walked[page] = found.gpa & -PAGE_BYTES
-        return found.gpa
+        self.places[page] = gpa, found, changes
+        return found + (handle & PAGE_MASK)
 
     def copy_in(self, handle: int, length_bytes: int) -> bytes | None:
         """Read a buffer of the guest; None is EFAULT. One fetch a page."""
@@ -232,7 +201,7 @@ class Call:
 
     def any_domain(self, domid: int) -> Domain | None:
         """The domain that `domid` names, SELF included."""
-        return self.domain if domid == Domid.SELF else xen(self.machine).domains.get(domid)
+        return self.domain if domid == SELF else xen(self.machine).domains.get(domid)
 
     def may(self, target: Domain) -> bool:
         """The default policy for operations on `target`: oneself, or the control domain."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from operator import and_, attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from sevlab.core.hypercall import CodeMode, HypercallEnd, HypercallFrame
+from sevlab.core.hypercall import BITS_64, REAL, VM86, HypercallEnd, HypercallFrame
 from sevlab.core.units import MASK32, MASK64
 from sevlab.plugins.xen import hyperv
 from sevlab.plugins.xen.call import Abi, Call
+from sevlab.plugins.xen.linear import Walks
 from sevlab.plugins.xen.numbers import ABI_FLAG, HYPERV_FLAG, Errno
 from sevlab.plugins.xen.operations import FAST_REGISTERS
 from sevlab.plugins.xen.records import Hypercalled
@@ -28,6 +29,9 @@ ARGUMENTS_64 = ("rdi", "rsi", "rdx", "r10", "r8")
 ARGUMENTS_32 = ("rbx", "rcx", "rdx", "rsi", "rdi")
 CLIPPED = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags")
 """Registers whose upper halves 32-bit code cannot have meant; cleared on entry, R8 to R15 are not."""
+FAST, COMPLETED, NO_SUCH_CALL = Abi.FAST, HypercallEnd.COMPLETED, -Errno.ENOSYS
+_record = tuple.__new__
+"""Makes a record without the keyword machinery, at every hypercall."""
 POISON = 0xDEAD_BEEF_DEAD_F00D
 """What a debug build leaves in the argument registers."""
 
@@ -83,21 +87,22 @@ class Owner:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._compiled: dict[tuple[int, bool], Compiled] = {}
+        self._walks = Walks()
 
-    def __call__(self, machine: Machine, vcpu: Vcpu, frame: HypercallFrame) -> HypercallEnd:
-        """Serve one VMMCALL."""
+    def serve(self, machine: Machine, vcpu: Vcpu, frame: HypercallFrame) -> HypercallEnd:
+        """The slot `hypercall`: serve one VMMCALL."""
         registers = frame.registers
         given, mode = frame.given, frame.mode
         if given is not None and "rax" not in given:
             return HypercallEnd.MISSING_INPUT
-        narrow = mode is not CodeMode.BITS_64
+        narrow = mode is not BITS_64
         if narrow:
             for name in CLIPPED:
                 value = getattr(registers, name)
                 if value >> 32:
                     setattr(registers, name, value & MASK32)
         number = registers.rax
-        if mode is not CodeMode.REAL and (frame.cpl or mode is CodeMode.VM86):
+        if (frame.cpl or mode is VM86) and mode is not REAL:
             return answer(frame, -Errno.EPERM, narrow=narrow)
         domain = domain_of(machine, vcpu)
         if domain is None:
@@ -113,20 +118,21 @@ class Owner:
         if given is not None and not given.issuperset(names):
             return HypercallEnd.MISSING_INPUT
         settings = self._settings
-        me = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id]
-        call = Call(machine, vcpu, domain, me, frame, abi, narrow, settings.preempt_after, settings.debug_build)
-        call.number = number
-        call.args = values_of(registers)
+        vcpus = domain.vcpus
+        me = vcpus[vcpu.vcpu_id - vcpus[0].vcpu_id]
+        left, debug = settings.preempt_after, settings.debug_build
+        args = values_of(registers)
+        call = Call(machine, vcpu, domain, me, frame, abi, narrow, left, debug, self._walks, number, args)
         result = run(call)
         if call.continuation is not None:
             resume(call, ARGUMENTS_32 if narrow else ARGUMENTS_64, flag)
             machine.emit(Hypercalled(vcpu.vcpu_id, number, abi_name, 0, True))
             return HypercallEnd.PREEMPTED
-        if settings.debug_build and abi is not Abi.FAST and result != -Errno.ENOSYS:
+        if debug and abi is not FAST and result != NO_SUCH_CALL:
             for name in names:
                 setattr(registers, name, POISON & call.mask)
                 frame.written.add(name)
-        machine.emit(Hypercalled(vcpu.vcpu_id, number, abi_name, result & MASK64, False))
+        machine.emit(_record(Hypercalled, (vcpu.vcpu_id, number, abi_name, result & MASK64, False)))
         return answer(frame, result, narrow=narrow)
 
     def passed(self, vcpu: Vcpu) -> tuple[str, ...]:
@@ -145,17 +151,9 @@ class Owner:
         if not isinstance(entry, HypercallEntry) or (abi is Abi.FAST and not entry.fast):
             return None
         names = entry.names(abi, narrow=narrow)
-        getter = attrgetter(*names, "rax")  # one name more, so that a single argument comes as a tuple too
-        cut, masks = entry.cut, entry.masks
-
-        def in_registers(registers: Registers) -> tuple[int, ...]:
-            return tuple(map(and_, getter(registers), masks))
-
-        def elsewhere(registers: Registers) -> tuple[int, ...]:
-            return cut(getter(registers)[:-1], narrow=narrow)
-
-        values_of = in_registers if len(names) == len(masks) else elsewhere
-        compiled = Compiled(entry.run, abi, abi.value, number & ~flag, flag, names, values_of)
+        compiled = Compiled(
+            entry.run, abi, abi.value, number & ~flag, flag, names, _reader(entry, names, narrow=narrow)
+        )
         self._compiled[number, narrow] = compiled
         return compiled
 
@@ -165,21 +163,30 @@ class Owner:
             if self._settings.alt_abi is AltAbi.PHYSICAL:
                 return Abi.PHYSICAL, ABI_FLAG
             if self._settings.alt_abi is AltAbi.FAST and not narrow:
-                return Abi.FAST, ABI_FLAG
+                return FAST, ABI_FLAG
         return Abi.LEGACY, 0
+
+
+def _reader(entry: HypercallEntry, names: tuple[str, ...], *, narrow: bool) -> Callable[[Registers], tuple[int, ...]]:
+    """What takes the arguments out of the registers `names`, each cut to its declared width."""
+    if len(names) == len(entry.masks):
+        values = "".join(f"registers.{name} & {mask:#x}, " for name, mask in zip(names, entry.masks, strict=True))
+        return eval(f"lambda registers: ({values})")  # type: ignore[no-any-return]  # noqa: S307  # register names
+    getter = attrgetter(*names, "rax")  # one name more, so that a single argument comes as a tuple too
+    return lambda registers: entry.cut(getter(registers)[:-1], narrow=narrow)
 
 
 def _refuse(machine: Machine, vcpu: Vcpu, frame: HypercallFrame, number: int, *, narrow: bool) -> HypercallEnd:
     """There is no such hypercall, or not in this ABI; the argument registers stay."""
-    machine.emit(Hypercalled(vcpu.vcpu_id, number & MASK64, "", -Errno.ENOSYS & MASK64, False))
-    return answer(frame, -Errno.ENOSYS, narrow=narrow)
+    machine.emit(_record(Hypercalled, (vcpu.vcpu_id, number & MASK64, "", NO_SUCH_CALL & MASK64, False)))
+    return answer(frame, NO_SUCH_CALL, narrow=narrow)
 
 
 def answer(frame: HypercallFrame, result: int, *, narrow: bool) -> HypercallEnd:
     """Put the result into RAX."""
     frame.registers.rax = result & (MASK32 if narrow else MASK64)
     frame.written.add("rax")
-    return HypercallEnd.COMPLETED
+    return COMPLETED
 
 
 def resume(call: Call, names: tuple[str, ...], flag: int) -> None:

@@ -35,6 +35,7 @@ MAX_ARRAY_PAGES = FIFO_CHANNELS // WORDS_PER_PAGE
 PRIORITY_DEFAULT, PRIORITY_LOWEST = 7, 15
 
 CALLBACK_GSI, CALLBACK_PCI, CALLBACK_VECTOR = 0, 1, 2
+CALLBACK_IRQ = int(Param.CALLBACK_IRQ)
 ISA_IRQS, IOAPIC_PINS = 16, 24
 
 
@@ -105,7 +106,7 @@ def direct_interrupt(machine: Machine, vcpu: Vcpu) -> int | None:
     domain = domain_of(machine, vcpu)
     if domain is None:
         return None
-    via = domain.params.get(Param.CALLBACK_IRQ, 0)
+    via = domain.params.get(CALLBACK_IRQ, 0)
     if via >> 56 != CALLBACK_VECTOR:
         return None
     spa = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id].info_spa

@@ -16,6 +16,7 @@ from sevlab.plugins.xen.state import Domain, PageKind, xen
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
 
+WRITE, XEN = int(AccessKind.WRITE), PageKind.XEN
 MAX_GFN = (1 << 48 - PAGE_SHIFT) - 1
 INVALID_GFN = (1 << 64) - 1
 
@@ -35,7 +36,7 @@ def fetch(machine: Machine, spa: int, length_bytes: int) -> bytes:
 def may_write(machine: Machine, spa: int) -> bool:
     """Whether the hypervisor may write the page at `spa`: not where the RMP gives it to a guest."""
     check = machine.slots.access_check
-    return check is None or check(HYPERVISOR, spa, GPA_NONE, AccessKind.WRITE) is None
+    return check is None or check(HYPERVISOR, spa, GPA_NONE, WRITE) is None
 
 
 def store(machine: Machine, spa: int, data: bytes) -> bool:
@@ -84,7 +85,7 @@ def frame_spa(machine: Machine, domain: Domain, gfn: int) -> int | None:
 
 def page_of(machine: Machine, domain: Domain, gfn: int) -> int | None:
     """SPA of the domain's own page at `gfn`: its RAM, or a page of Xen's that it shares. None for all else."""
-    if gfn > MAX_GFN or domain.special.get(gfn, PageKind.XEN) is not PageKind.XEN:
+    if gfn > MAX_GFN or domain.special.get(gfn, XEN) is not XEN:
         return None
     return machine.access.translate_gpa(machine.vcpus[domain.vcpus[0].vcpu_id], gfn << PAGE_SHIFT)
 

@@ -7,9 +7,9 @@ release_grant_for_copy).
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from sevlab.core.layout import Layout
 from sevlab.core.units import PAGE_BYTES
 from sevlab.plugins.xen.frames import allocate_page, fetch, page_of, store
 from sevlab.plugins.xen.layout import GrantEntryV1, GrantEntryV2
@@ -27,6 +27,22 @@ ENTRIES_V1, ENTRIES_V2 = PAGE_BYTES // GrantEntryV1.SIZE, PAGE_BYTES // GrantEnt
 STATUS_PER_PAGE = PAGE_BYTES // STATUS_BYTES
 MAX_PINS = 255
 """Uses of one kind that Xen counts in 8 bits."""
+_V1, _V2 = Struct("<HHI"), Struct("<HHHHQ")
+"""The entries as numbers: flags, domain, frame; flags, domain, offset, length, frame."""
+_PERMIT_ACCESS, _TRANSITIVE, _TYPE_MASK, _READONLY, _READING, _WRITING, _SUB_PAGE = (
+    int(flag)
+    for flag in (
+        Gtf.PERMIT_ACCESS,
+        Gtf.TRANSITIVE,
+        Gtf.TYPE_MASK,
+        Gtf.READONLY,
+        Gtf.READING,
+        Gtf.WRITING,
+        Gtf.SUB_PAGE,
+    )
+)
+_record = tuple.__new__
+"""Makes a NamedTuple without the keyword machinery."""
 
 
 class GrantEntry(NamedTuple):
@@ -41,7 +57,7 @@ class GrantEntry(NamedTuple):
     @property
     def kind(self) -> int:
         """Invalid, access, transfer or transitive."""
-        return self.flags & Gtf.TYPE_MASK
+        return self.flags & _TYPE_MASK
 
 
 def entries(table: GrantTable) -> int:
@@ -69,13 +85,11 @@ def status_spa(table: GrantTable, ref: int) -> int:
 
 def read_entry(machine: Machine, table: GrantTable, ref: int) -> GrantEntry:
     """One fetch of an entry."""
-    layout: type[Layout] = GrantEntryV1 if table.table_version == 1 else GrantEntryV2
-    data = fetch(machine, entry_spa(table, ref), layout.SIZE)
-    flags, domid = int.from_bytes(data[:2], "little"), int.from_bytes(data[2:4], "little")
+    spa = entry_spa(table, ref)
     if table.table_version == 1:
-        return GrantEntry(flags, domid, int.from_bytes(data[4:], "little"))
-    offset, length = int.from_bytes(data[4:6], "little"), int.from_bytes(data[6:8], "little")
-    return GrantEntry(flags, domid, int.from_bytes(data[8:], "little"), offset, length)
+        return _record(GrantEntry, (*_V1.unpack(fetch(machine, spa, GrantEntryV1.SIZE)), 0, 0))
+    flags, domid, offset, length, frame = _V2.unpack(fetch(machine, spa, GrantEntryV2.SIZE))
+    return GrantEntry(flags, domid, frame, offset, length)
 
 
 def _change_flags(machine: Machine, table: GrantTable, ref: int, *, set_: int = 0, clear: int = 0) -> None:
@@ -97,23 +111,23 @@ def set_status(
 ) -> bool:
     """Mark an entry as in use by domain `user`; False when it does not allow that."""
     table = domain.grants
-    mask = Gtf.TYPE_MASK | (Gtf.SUB_PAGE if mapping else 0)
+    mask = _TYPE_MASK | (_SUB_PAGE if mapping else 0)
     if not pinned:
-        transitive = table.table_version == 2 and not mapping and entry.flags & mask == Gtf.TRANSITIVE
-        if (entry.flags & mask != Gtf.PERMIT_ACCESS and not transitive) or entry.domid != user:
+        transitive = table.table_version == 2 and not mapping and entry.flags & mask == _TRANSITIVE
+        if (entry.flags & mask != _PERMIT_ACCESS and not transitive) or entry.domid != user:
             return False
-    if not readonly and entry.flags & Gtf.READONLY:
+    if not readonly and entry.flags & _READONLY:
         return False
-    _change_flags(machine, table, ref, set_=Gtf.READING | (0 if readonly else Gtf.WRITING))
+    _change_flags(machine, table, ref, set_=_READING | (0 if readonly else _WRITING))
     return True
 
 
 def reduce_status(machine: Machine, domain: Domain, ref: int, active: ActiveGrant | None, *, readonly: bool) -> None:
     """Clear what is not in use any more."""
     readers, writers = (0, 0) if active is None else (active.readers, active.writers)
-    clear = 0 if readers or writers else Gtf.READING
+    clear = 0 if readers or writers else _READING
     if not readonly and not writers:
-        clear |= Gtf.WRITING
+        clear |= _WRITING
     if clear and ref < entries(domain.grants):
         _change_flags(machine, domain.grants, ref, clear=clear)
 
@@ -153,7 +167,7 @@ def acquire_for_copy(
     if active is not None and (active.domid != user or (active.readers if readonly else active.writers) >= MAX_PINS):
         return Gntst.GENERAL_ERROR
     entry = read_entry(machine, table, ref)
-    if table.table_version == 2 and entry.kind == Gtf.TRANSITIVE:
+    if table.table_version == 2 and entry.kind == _TRANSITIVE:
         return _acquire_transitive(machine, domain, ref, entry, user, readonly=readonly, allowed=transitive_allowed)
     if active is None or (not readonly and not active.writers):
         if not set_status(
@@ -164,7 +178,7 @@ def acquire_for_copy(
         if spa is None:
             reduce_status(machine, domain, ref, active, readonly=readonly)
             return Gntst.BAD_PAGE
-        sub_page = table.table_version == 2 and bool(entry.flags & Gtf.SUB_PAGE)
+        sub_page = table.table_version == 2 and bool(entry.flags & _SUB_PAGE)
         start, length = (entry.offset, entry.length) if sub_page else (0, PAGE_BYTES)
         if active is None:
             active = table.active[ref] = ActiveGrant(

@@ -19,6 +19,7 @@ from sevlab.plugins.xen.numbers import Domid, Errno
 if TYPE_CHECKING:
     from sevlab.core.layout import Layout
 
+FAST = Abi.FAST
 FAST_REGISTERS = ("rax", "rdi", "rsi", "r8", "r9", "r10", "r11", "r12")
 """FastABI register n. Source: Vates docs/guest-guide/x86/fastabi.pandoc."""
 
@@ -48,7 +49,7 @@ def run_operation(call: Call, operations: Mapping[int, Operation], command: int,
     operation = operations.get(command)
     if operation is None:
         return -Errno.ENOSYS
-    if call.abi is Abi.FAST:
+    if call.abi is FAST:
         return _run_fast(call, operation)
     if operation.shape is None:
         return operation.run(call, handle)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 VMMCALL = b"\x0f\x01\xd9"
 MAX_REPEATS = 64
 """How often one step repeats a preempted call; the guest is then left at the instruction."""
+RUNNING = RunState.RUNNING
 
 
 class Steps:
@@ -96,8 +97,8 @@ def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
     me = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id]
     if domain.callback_asserted:
         events.update_line(machine, domain)
-    if me.run_state is not RunState.RUNNING and not me.down:
-        clock.change_runstate(machine, domain, me, RunState.RUNNING)
+    if me.run_state is not RUNNING and not me.down:
+        clock.change_runstate(machine, domain, me, RUNNING)
 
 
 # Backends ---------------------------------------------------------------------------------------------------------

@@ -330,3 +330,26 @@ def test_whole_pages_and_parts_are_stored_as_in_a_plain_array(writes, marked_aft
     assert all(read == then for read, then in images)  # what was read whole does not change later
     memory.reset()
     assert (memory.read(0, 2 * 4096, None), memory.tags(0, 2 * 4096)) == marked
+
+
+def test_a_token_stays_as_long_as_the_bytes(memory, key):
+    assert memory.token(1) is None  # nothing there
+    memory.write(0x1000, PAGE, None, 1)
+    token = memory.token(1)
+    memory.read(0x1000, 8, key)
+    assert token is not None
+    assert memory.token(1) is token
+    memory.mark()
+    memory.write(0x1FFF, b"\0", None, 1)
+    changed = memory.token(1)
+    assert changed is not token
+    memory.hand_over(0x1000, 4096, None, key, 9, len)
+    assert memory.token(1) not in (token, changed)
+    memory.reset()
+    assert memory.token(1) is token
+    memory.defer(0x1000, key, lambda: PAGE, 1)
+    assert memory.token(1) is None
+    memory.write(0x2000, PAGE, None, 1)
+    memory.lend(2, None, memoryview(bytearray(4096)), 1)
+    assert memory.token(2) is None  # the engine's guest writes without saying so
+    assert CachedMemory(4096).token(0) is None

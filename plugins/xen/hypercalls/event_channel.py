@@ -31,6 +31,7 @@ PORTS_PER_BUCKET = 64
 NR_PIRQS = 256
 """PIRQs of a guest. Source: xen/common/domain.c, extra_domU_irqs on top of the static ones; 256 is a choice."""
 RESERVED_PORT = 0
+SEND, INTERDOMAIN, IPI = Evtchnop.SEND, ChannelState.INTERDOMAIN, ChannelState.IPI
 
 
 def free_port(call: Call, domain: Domain) -> int:
@@ -169,16 +170,16 @@ def close(call: Call, a: Any) -> int:
 def send(call: Call, a: Any) -> int:
     """Notify the other end."""
     channel = call.domain.channels.get(a.port)
-    if channel is None or channel.xen_consumer or not CHANNEL.allows(channel.state, Evtchnop.SEND):
+    if channel is None or channel.xen_consumer or not CHANNEL.allows(channel.state, SEND):
         return -Errno.EINVAL
     if channel.backend:
         backends.notify(call.machine, call.domain, channel)
-    elif channel.state is ChannelState.INTERDOMAIN:
+    elif channel.state is INTERDOMAIN:
         remote = xen(call.machine).domains[channel.remote_domid]
         far = remote.channels[channel.remote_port]
         if not far.xen_consumer:
             events.set_pending(call.machine, remote, far)
-    elif channel.state is ChannelState.IPI:
+    elif channel.state is IPI:
         events.set_pending(call.machine, call.domain, channel)
     return 0
 

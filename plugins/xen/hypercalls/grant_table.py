@@ -169,7 +169,7 @@ def copy(call: Call, a: Any) -> Gntst:
     if not a.len:
         return Gntst.OKAY
     for domid, by_ref in ((a.source_domid, a.flags & COPY_SOURCE_GREF), (a.dest_domid, a.flags & COPY_DEST_GREF)):
-        if domid != Domid.SELF and not by_ref:
+        if not by_ref and domid != Domid.SELF:
             return Gntst.PERMISSION_DENIED
         if call.any_domain(domid) is None:
             return Gntst.BAD_DOMAIN

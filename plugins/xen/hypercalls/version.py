@@ -94,7 +94,7 @@ OPERATIONS: dict[int, Operation] = {
 def xen_version(call: Call) -> int:
     """Hypercall xen_version of cmd, ptr."""
     command, handle = call.args
-    if call.abi is not Abi.FAST and command not in OPERATIONS:
+    if command not in OPERATIONS and call.abi is not Abi.FAST:
         if command in FIXED:
             return fixed(call, command, handle)
         if command in VARIABLE or command == Version.BUILD_ID:
