@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sevlab.core.crypto import ZERO_PAGE, MemoryKey
@@ -50,6 +50,15 @@ class Page:
         if type(tags) is not bytearray:
             tags = self.tags = bytearray((self.tag,)) * PAGE_BYTES if tags is None else bytearray(tags)
         return tags
+
+
+def unchanged(pages: Mapping[int, Page], tokens: tuple[tuple[int, object], ...]) -> bool:
+    """Whether each of these (page number, token of `Memory.token`) still holds."""
+    for pfn, token in tokens:
+        page = pages.get(pfn)
+        if page is None or page.token is not token:
+            return False
+    return True
 
 
 class _NobodysKey(MemoryKey):

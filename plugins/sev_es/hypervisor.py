@@ -154,7 +154,8 @@ class Dispatcher:
         self._events = {
             code: compile_event(event, self._version_max) for code, event in machine.tables.nae_events.items()
         }
-        self._requests = dict(machine.tables.msr_protocol)
+        offered = machine.tables.msr_protocol.items()
+        self._requests = {info: request for info, request in offered if request.since <= self._version_max}
         self._vms = sev_es_state(machine).vms
 
     def vmgexit(self, machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
@@ -176,7 +177,7 @@ class Dispatcher:
         """
         request = self._requests.get(msr & INFO_MASK)
         value: int | None = msr
-        if request is not None and request.since <= self._version_max:
+        if request is not None:
             if request.snp_only and not vm_protocol(machine, vcpu).snp:
                 machine.hypervisor.stop(machine, vcpu.vm_id, f"{request.name} from a guest that is not SNP")
                 return

@@ -121,18 +121,19 @@ class Call:
         page = handle & -PAGE_BYTES | write
         changes = machine.access.changes
         known = self.places.get(page)
-        if known is not None:  # walked once a call
-            gpa, spa, when = known
-            if when == changes:
-                return spa + (handle & PAGE_MASK)
-        elif self.abi is not LEGACY:
-            gpa = handle & -PAGE_BYTES
-        else:
-            walked = self.walks.gpa(machine, self.vcpu, self.domain, handle, write=write)
+        if known is None and self.abi is LEGACY:
+            walked = self.walks.page(machine, self.vcpu, self.domain, handle, write=write)
             if walked is None:
                 return None
-            gpa = walked & -PAGE_BYTES
-        found = page_of(machine, self.domain, gpa >> PAGE_SHIFT)
+            gpa, found = walked
+        else:
+            if known is None:
+                gpa = handle & -PAGE_BYTES
+            else:  # walked once a call
+                gpa, spa, when = known
+                if when == changes:
+                    return spa + (handle & PAGE_MASK)
+            found = page_of(machine, self.domain, gpa >> PAGE_SHIFT)
         if found is None or (write and not may_write(machine, found)):
             return None
         self.places[page] = gpa, found, changes

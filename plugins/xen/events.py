@@ -109,7 +109,8 @@ def direct_interrupt(machine: Machine, vcpu: Vcpu) -> int | None:
     via = domain.params.get(CALLBACK_IRQ, 0)
     if via >> 56 != CALLBACK_VECTOR:
         return None
-    spa = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id].info_spa
+    vcpus = domain.vcpus
+    spa = vcpus[vcpu.vcpu_id - vcpus[0].vcpu_id].info_spa
     return via & 0xFF if spa and machine.memory.read(spa, 1, None)[0] else None
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.access import RFLAGS_AC
 from sevlab.core.cpu import CONTROL_SEV_ES
+from sevlab.core.pages import unchanged
 from sevlab.core.paging import Translation, WalkAccess, paging_context, walk
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 from sevlab.plugins.xen.frames import page_of, store
@@ -30,11 +31,15 @@ class Walks:
     __slots__ = ("_changes", "_known")
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], tuple[int, tuple[tuple[int, object], ...]]] = {}
+        self._known: dict[tuple[int, ...], tuple[tuple[int, int | None], tuple[tuple[int, object], ...]]] = {}
         self._changes = -1
 
-    def gpa(self, machine: Machine, vcpu: Vcpu, domain: Domain, linear: int, *, write: bool) -> int | None:
-        """The guest-physical address of `linear`; None where the guest has no such page, or its CR3 is encrypted."""
+    def page(
+        self, machine: Machine, vcpu: Vcpu, domain: Domain, linear: int, *, write: bool
+    ) -> tuple[int, int | None] | None:
+        """The page of `linear`: guest-physical address, and `page_of` it. None where the guest has no such page, or its
+        CR3 is encrypted.
+        """
         if vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
             return None
         system = vcpu.system
@@ -44,18 +49,13 @@ class Walks:
             self._changes = machine.access.changes
         walked = (linear & -PAGE_BYTES, access, system.cr0, system.cr3, system.cr4, system.efer, domain.domid)
         known = self._known.get(walked)
-        if known is not None:
-            token = machine.memory.token
-            for pfn, before in known[1]:
-                if token(pfn) is not before:
-                    break
-            else:
-                return known[0] | linear & PAGE_MASK
+        if known is not None and unchanged(machine.memory.pages, known[1]):
+            return known[0]
         return self._walk(machine, vcpu, domain, linear, access, walked)
 
     def _walk(
         self, machine: Machine, vcpu: Vcpu, domain: Domain, linear: int, access: int, walked: tuple[int, ...]
-    ) -> int | None:
+    ) -> tuple[int, int | None] | None:
         system, memory = vcpu.system, machine.memory
         tables: list[int] = []
 
@@ -74,9 +74,11 @@ class Walks:
             spa = page_of(machine, domain, gpa >> PAGE_SHIFT)
             if spa is not None:
                 store(machine, spa + (gpa & PAGE_MASK), value.to_bytes(width_bytes, "little"))
+        gpa = found.gpa & -PAGE_BYTES
+        page = gpa, page_of(machine, domain, gpa >> PAGE_SHIFT)
         tokens = tuple((pfn, memory.token(pfn)) for pfn in tables)
         if not found.updates and all(token is not None for _, token in tokens):
             if len(self._known) >= KEPT:
                 self._known.clear()
-            self._known[walked] = found.gpa & -PAGE_BYTES, tokens
-        return found.gpa
+            self._known[walked] = page, tokens
+        return page

@@ -94,7 +94,8 @@ def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
     domain = domain_of(machine, vcpu)
     if domain is None:
         return
-    me = domain.vcpus[vcpu.vcpu_id - domain.vcpus[0].vcpu_id]
+    vcpus = domain.vcpus
+    me = vcpus[vcpu.vcpu_id - vcpus[0].vcpu_id]
     if domain.callback_asserted:
         events.update_line(machine, domain)
     if me.run_state is not RUNNING and not me.down:

@@ -77,26 +77,26 @@ def test_what_is_remembered_is_what_a_walk_finds(caches, steps):
     walks = Walks()
     for kind, index, entry, linear, write in steps:
         for _ in range(2):  # the first may set accessed and dirty bits, the second is remembered
-            remembered = walks.gpa(machine, vcpu, domain, linear, write=write)
-            assert remembered == Walks().gpa(machine, vcpu, domain, linear, write=write)
+            remembered = walks.page(machine, vcpu, domain, linear, write=write)
+            assert remembered == Walks().page(machine, vcpu, domain, linear, write=write)
         change(machine, vcpu, kind, index, entry)
         for page in PAGES:
-            remembered = walks.gpa(machine, vcpu, domain, page, write=write)
-            assert remembered == Walks().gpa(machine, vcpu, domain, page, write=write)
+            remembered = walks.page(machine, vcpu, domain, page, write=write)
+            assert remembered == Walks().page(machine, vcpu, domain, page, write=write)
 
 
 def test_a_walk_is_remembered_until_a_table_is_written(world, monkeypatch):
     machine, vcpu, domain = world
     walks = Walks()
-    walks.gpa(machine, vcpu, domain, 0x1234, write=False)
+    walks.page(machine, vcpu, domain, 0x1234, write=False)
     reads = []
     monkeypatch.setattr(type(machine.memory), "read", lambda *_: reads.append(1) or bytes(8))
-    assert walks.gpa(machine, vcpu, domain, 0x1FFF, write=False) == 0x1FFF
+    assert walks.page(machine, vcpu, domain, 0x1FFF, write=False)[0] == 0x1000
     assert not reads
     monkeypatch.undo()
     change(machine, vcpu, "guest", 5, 0)  # another entry of a table on the way
     monkeypatch.setattr(type(machine.memory), "read", lambda *_: reads.append(1) or bytes(8))
-    walks.gpa(machine, vcpu, domain, 0x1FFF, write=False)
+    walks.page(machine, vcpu, domain, 0x1FFF, write=False)
     assert reads
 
 
@@ -105,15 +105,15 @@ def test_two_domains_with_the_same_cr3_are_two(world):
     other = machine.vcpus[1]
     other.system.cr3 = vcpu.system.cr3
     walks = Walks()
-    assert walks.gpa(machine, vcpu, domain, 0x1000, write=False) == 0x1000
+    assert walks.page(machine, vcpu, domain, 0x1000, write=False)[0] == 0x1000
     change(machine, other, "guest", 0, 0x20_0083)
-    assert walks.gpa(machine, other, domain_of(machine, other), 0x1000, write=False) == 0x20_1000
-    assert walks.gpa(machine, vcpu, domain, 0x1000, write=False) == 0x1000
+    assert walks.page(machine, other, domain_of(machine, other), 0x1000, write=False)[0] == 0x20_1000
+    assert walks.page(machine, vcpu, domain, 0x1000, write=False)[0] == 0x1000
 
 
 def test_memory_of_walks_is_bounded(world):
     machine, vcpu, domain = world
     walks = Walks()
     for page in range(KEPT + 1):
-        walks.gpa(machine, vcpu, domain, page * PAGE_BYTES, write=False)
+        walks.page(machine, vcpu, domain, page * PAGE_BYTES, write=False)
     assert len(walks._known) <= KEPT
