@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, KeysView
 
 from sevlab.core.crypto import ZERO_PAGE, MemoryKey
 from sevlab.core.errors import ConfigError
-from sevlab.core.pages import DEFERRED, MemoryImage, Page, PageImage
+from sevlab.core.pages import DEFERRED, MemoryImage, Page
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 
 TAG_POISON = 0
@@ -157,7 +157,7 @@ class Memory:
                 return page
             if pfn in self.lent:
                 self.touch(pfn)
-                page.cipher = page.view = None
+                page.token = page.cipher = page.view = None
                 return page
             if pfn not in self._saved:
                 self._saved[pfn] = page
@@ -337,8 +337,7 @@ class Memory:
         page = self.pages.get(pfn)
         if page is None or page.key is DEFERRED or pfn in self.lent:
             return None
-        if page.token is None:
-            page.token = object()
+        page.token = page.token or object()
         return page.token
 
     def dram(self, spa: int, length_bytes: int) -> bytes:
@@ -448,7 +447,7 @@ class Memory:
             page.data[:] = before.data  # type: ignore[index]  # lent
             page.tag, page.mixed = before.tag, before.mixed
             page.tags = None if before.tags is None else before.tags[:]
-            page.cipher = page.view = None
+            page.token = page.cipher = page.view = None
         for pfn in moved:
             before = saved.pop(pfn)
             if pfn in lent:
@@ -471,18 +470,7 @@ class Memory:
             if page.source is not None
         }
         keys = tuple((key.key_id, key.xts_key, key.label) for key in self._keys.values())
-        pages = tuple(
-            (
-                pfn,
-                PageImage(
-                    None if page.key is None else page.key.key_id,
-                    bytes(page.data),
-                    bytes((page.tag,)) if page.tags is None else bytes(page.tags),
-                ),
-            )
-            for pfn, page in sorted((self.pages | made).items())
-        )
-        return MemoryImage(keys, pages)
+        return MemoryImage(keys, tuple((pfn, page.image()) for pfn, page in sorted((self.pages | made).items())))
 
     def restore(self, image: MemoryImage) -> None:
         """Take over the content of `image`; keys that are the same stay the same objects."""

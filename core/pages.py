@@ -51,6 +51,11 @@ class Page:
             tags = self.tags = bytearray((self.tag,)) * PAGE_BYTES if tags is None else bytearray(tags)
         return tags
 
+    def image(self) -> PageImage:
+        """What a snapshot keeps."""
+        key_id = None if self.key is None else self.key.key_id
+        return PageImage(key_id, bytes(self.data), bytes((self.tag,)) if self.tags is None else bytes(self.tags))
+
 
 def unchanged(pages: Mapping[int, Page], tokens: tuple[tuple[int, object], ...]) -> bool:
     """Whether each of these (page number, token of `Memory.token`) still holds."""
