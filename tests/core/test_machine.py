@@ -10,7 +10,7 @@ from sevlab.core.errors import ConfigError, InvariantViolation, PluginError
 from sevlab.core.machine import Machine
 from sevlab.core.oracle import OracleSink
 from sevlab.core.testing import assert_changes_nothing, assert_resets, make_machine, step_strategy
-from sevlab.core.units import PAGE_BYTES
+from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.core.vocabulary import Outcome, spec_of
 
 MACHINE = make_machine("sme", given={"stranger": stranger}, guests=2, memory_bytes=1 << 30, caches=False)
@@ -143,6 +143,53 @@ def test_a_reset_forgets_what_came_from_a_changed_nested_table(caches):
         machine.reset()
         assert machine.access.translate_gpa(vcpu, 0x5000) == mine
         machine.reset()
+
+
+TWINS = tuple(make_machine("sme", guests=(GuestConfig(memory_bytes=8 << 20),)) for _ in range(2))
+TWIN = TWINS[0].snapshot()
+TABLE_STEPS = st.one_of(
+    st.builds(
+        ev.NptEdit,
+        st.just(0),
+        st.sampled_from((0x5000, 0x20_0000)),
+        st.sampled_from((0, 0x40_0000, 0x60_0000)),
+        st.sampled_from((PAGE_BYTES, PAGE_2M_BYTES)),
+        st.sampled_from((3, 7, 16)),
+    ),
+    st.tuples(st.integers(0, 3), st.sampled_from((0, 1, 0x40_0007, 0x40_00E7))),
+    st.sampled_from(("reset", "reset", "mark", "snapshot")),
+)
+
+
+@given(st.lists(st.tuples(TABLE_STEPS, st.sampled_from((0x5000, 0x20_0000)), st.booleans()), max_size=12))
+@settings(max_examples=60)
+def test_translations_that_outlive_a_reset_are_those_of_a_walk(steps):
+    """Two machines do the same; one forgets everything at each reset."""
+    keeping, plain = TWINS
+    for machine in TWINS:
+        machine.restore(TWIN)
+        machine.mark()
+    for step, gpa, write in steps:
+        found = []
+        for machine in TWINS:
+            vcpu = machine.vcpus[0]
+            if step == "snapshot":
+                machine.restore(machine.snapshot())
+            elif isinstance(step, str):
+                getattr(machine, step)()
+                plain.access._kept.clear()
+            elif isinstance(step, ev.NptEdit):
+                machine.apply(step)
+            else:  # an entry of one of the tables, behind the back of whoever knows a translation
+                level, entry = step
+                spa = machine.hypervisor.vms[0].npt_root + level * PAGE_BYTES
+                machine.apply(
+                    ev.MemoryWrite(ev.Party.HYPERVISOR, 0, ev.Space.SPA, spa, False, entry.to_bytes(8, "little"))
+                )
+            outcomes = machine.apply(ev.MemoryWrite(ev.Party.GUEST, 0, ev.Space.GPA, gpa, False, b"x")) if write else ()
+            found.append((machine.access.translate_gpa(vcpu, gpa), outcomes))
+        assert found[0] == found[1]
+    assert keeping.snapshot() == plain.snapshot()
 
 
 class Broken:
