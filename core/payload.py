@@ -22,7 +22,8 @@ class Message(NamedTuple):
 
     `number` and `name` as in the document; `layout` of its bytes (None: it has none). A record carries it when it has
     the values of `record`, and its bytes those of `fields`, which are also an example that is taken; `needs` names
-    the other fields that are looked at.
+    the other fields that are looked at. `units` says what a number in a field is: the name of a resource ("port",
+    "msr", "leaf", "mmio"), or the layout of its 8 bytes.
     """
 
     number: int
@@ -31,6 +32,7 @@ class Message(NamedTuple):
     record: Mapping[str, Any] = {}
     fields: Mapping[str, Any] = {}
     needs: tuple[str, ...] = ()
+    units: Mapping[str, str | type[Layout]] = {}
 
 
 class Payload(NamedTuple):

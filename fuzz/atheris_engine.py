@@ -7,7 +7,6 @@ memory and codecs are not, so that coverage speaks of behaviour. libFuzzer ends 
 from __future__ import annotations
 
 import gc
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -19,32 +18,15 @@ from types import CodeType, FunctionType
 
 from sevlab.core.plugins import PluginSet
 from sevlab.fuzz.atheris_counters import AtherisCounters
-from sevlab.fuzz.builtin_engine import FRESH
+from sevlab.fuzz.corpus import StateCorpus
 from sevlab.fuzz.engine import Budget, Incoming, Told, nothing
+from sevlab.fuzz.handlers import handler_modules
 from sevlab.fuzz.mutators import Steps
 from sevlab.fuzz.runner import Runner
 
-HANDLERS = ("sevlab.core.steps", "sevlab.core.asp", "sevlab.core.hypervisor", "sevlab.core.cpu", "sevlab.core.delivery")
-"""The kernel's own behaviour."""
-
-LEFT_ALONE = re.compile(r"\.plugins\.oracles\b|\.(commands|demo|fuzzing|layout|buffers|numbers|command)$")
-"""Modules of plugins without behaviour of their own: what judges and what declares."""
-
 LISTEN_SECONDS = 2.0
-RAW = 0.1
-"""How often libFuzzer's own mutations change the bytes."""
-
-
-def handler_modules(plugins: PluginSet) -> tuple[str, ...]:
-    """The modules whose functions are instrumented for a set of plugins."""
-    packages = tuple(plugin.module.__name__ for plugin in plugins.plugins)
-    found = [
-        name
-        for name in sys.modules
-        if any(name == package or name.startswith(package + ".") for package in packages)
-        and not LEFT_ALONE.search(name)
-    ]
-    return (*HANDLERS, *sorted(found))
+RAW, OURS = 0.05, 0.6
+"""How often libFuzzer's own mutations change the bytes, and how often we choose the input to go on from."""
 
 
 class AtherisEngine:
@@ -82,7 +64,7 @@ class AtherisEngine:
         for number, data in enumerate(corpus):
             (folder / f"{number:06}").write_bytes(data)
         rng = Random(budget.seed)
-        codec, mutator = runner.codec, runner.mutator
+        codec, mutator, kept = runner.codec, runner.mutator, StateCorpus()
 
         listened = [time.monotonic()]
 
@@ -94,15 +76,19 @@ class AtherisEngine:
             steps = codec.decode(data)
             run = runner.run(steps, learn=True)
             counters.report()
+            if run.new:
+                kept.add(tuple(steps[: run.useful]), run.state)
             if not told(steps, run):
                 sys.stdout.flush()
                 raise KeyboardInterrupt
 
         # libFuzzer offers a seed for each mutation; one generator for all of them is as repeatable, and costs nothing.
+        # It knows nothing of states, so half of the time we choose what to go on from.
         def mutate(data: bytes, max_size: int, _seed: int) -> bytes:
-            if rng.random() < RAW and data:
+            way = rng.random()
+            if way < RAW and data:
                 return bytes(atheris.Mutate(data, len(data) + 16))
-            steps = mutator.fresh() if rng.random() < FRESH else mutator.mutate(codec.decode(data))
+            steps = kept.make(mutator, rng) if way < RAW + OURS else mutator.mutate(codec.decode(data))
             return written(steps, max_size, data)
 
         def crossover(first: bytes, second: bytes, max_size: int, _seed: int) -> bytes:

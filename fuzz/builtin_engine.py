@@ -7,17 +7,10 @@ from collections.abc import Sequence
 from random import Random
 
 from sevlab.core.plugins import PluginSet
+from sevlab.fuzz.corpus import StateCorpus
 from sevlab.fuzz.engine import Budget, Incoming, Told, nothing
-from sevlab.fuzz.mutators import Steps
 from sevlab.fuzz.runner import Runner
 
-CROSSOVER, FRESH = 0.12, 0.05
-"""How often two inputs are joined, and how often one begins from nothing."""
-
-RECENT = 0.5
-"""How often the input to change is one of the newest."""
-
-NEWEST = 32
 LISTEN_EVERY = 512
 """So many inputs between two looks at what other workers found."""
 
@@ -35,7 +28,7 @@ class BuiltinEngine:
         self, runner: Runner, corpus: Sequence[bytes], budget: Budget, told: Told, incoming: Incoming = nothing
     ) -> None:
         rng = Random(budget.seed)
-        kept: list[Steps] = []
+        kept = StateCorpus()
         runs = 0
         end = time.monotonic() + budget.seconds if budget.seconds else None
         decode = runner.codec.decode
@@ -44,18 +37,12 @@ class BuiltinEngine:
             if runs % LISTEN_EVERY == LISTEN_EVERY - 1:
                 waiting += incoming()
             seed = bool(waiting)
-            steps = decode(waiting.pop()) if seed else self._make(runner, kept, rng)
+            steps = decode(waiting.pop()) if seed else kept.make(runner.mutator, rng)
             run = runner.run(steps, learn=True)
             runs += 1
-            if (run.new or seed) and steps:
-                kept.append(steps)
+            if run.new:
+                kept.add(tuple(steps[: run.useful]), run.state)
+            elif seed and steps:
+                kept.add(steps, run.state)
             if not told(steps, run):
                 return
-
-    @staticmethod
-    def _make(runner: Runner, kept: list[Steps], rng: Random) -> Steps:
-        mutator = runner.mutator
-        if not kept or rng.random() < FRESH:
-            return mutator.fresh()
-        steps = rng.choice(kept[-NEWEST:] if rng.random() < RECENT else kept)
-        return mutator.crossover(steps, rng.choice(kept)) if rng.random() < CROSSOVER else mutator.mutate(steps)

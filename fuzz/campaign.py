@@ -13,9 +13,8 @@ from typing import Any
 
 from sevlab.core.errors import CampaignError
 from sevlab.fuzz.engine import make_engine
-from sevlab.fuzz.runner import Runner
+from sevlab.fuzz.setup import NOTHING, Setup
 from sevlab.fuzz.store import FILE, Store
-from sevlab.fuzz.targets import target_named
 
 POLL_SECONDS = 0.5
 RESTART_SECONDS = 1.0
@@ -28,7 +27,7 @@ GRACE_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a campaign does. `seconds` and `runs` are each worker's budget, 0: none; `given` are `name=module`."""
+    """What a campaign does. `seconds` and `runs` are each worker's budget, 0: none; `setup` counts when it begins."""
 
     targets: tuple[str, ...]
     workers: int = 1
@@ -36,7 +35,7 @@ class Plan:
     runs: int = 0
     seed: int = 1
     engine: str | None = None
-    given: tuple[str, ...] = ()
+    setup: Setup = NOTHING
 
 
 class _Process:
@@ -96,8 +95,12 @@ def prepare(folder: Path, plan: Plan, *, fresh: bool) -> Store:
     if fresh and (folder / FILE).exists():
         raise CampaignError(f"{folder}: there is a campaign here; --resume goes on with it, or name a new directory")
     make_engine(plan.engine)
-    targets = [target_named(name) for name in plan.targets]
+    targets = [plan.setup.target(name) for name in plan.targets]
     store = Store(folder, create=True)
+    setup = Setup.of(store) if store.meta("given") is not None else plan.setup
+    if plan.setup not in (NOTHING, setup):
+        raise CampaignError(f"{folder}: began with {setup.words}, and cannot go on with {plan.setup.words}")
+    setup.keep(store)
     for target in targets:
         shape = [list(target.steps), list(target.words)]
         known = store.meta(f"shape:{target.name}")
@@ -105,10 +108,9 @@ def prepare(folder: Path, plan: Plan, *, fresh: bool) -> Store:
             raise CampaignError(f"{folder}: its corpus of {target.name} has other steps than this version's target")
         store.set_meta(f"shape:{target.name}", shape)
         if not store.inputs(target.name):
-            runner = Runner(target)
+            runner = setup.runner(target.name)
             for steps in runner.seeds():
                 store.add_input(target.name, runner.codec.encode(steps))
-    store.set_meta("given", list(plan.given))
     return store
 
 
@@ -120,7 +122,6 @@ def run(folder: Path, plan: Plan, view: Callable[[dict[str, Any]], None], *, fre
         "seed": plan.seed,
         "seconds": plan.seconds,
         "runs": plan.runs,
-        "given": list(plan.given),
     }
     end = time.monotonic() + plan.seconds if plan.seconds else None
     processes: list[_Process] = []

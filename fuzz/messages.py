@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from sevlab.core.layout import Layout
@@ -18,6 +18,7 @@ class Carried(NamedTuple):
     number: int
     name: str
     layout: type[Layout] | None
+    units: Mapping[str, str | type[Layout]] = {}
 
 
 class Carrier(NamedTuple):
@@ -77,7 +78,7 @@ class Messages:
                     payload,
                     payload.message_of,
                     {
-                        message.number: Carried(payload, message.number, message.name, message.layout)
+                        message.number: Carried(payload, message.number, message.name, message.layout, message.units)
                         for message in payload.messages
                     },
                 )

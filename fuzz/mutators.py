@@ -42,6 +42,7 @@ class Choices(NamedTuple):
 
     fields: tuple[FieldInfo, ...]
     numbers: tuple[FieldInfo, ...]
+    numbers_and_bits: tuple[FieldInfo, ...]
     ruled: tuple[FieldInfo, ...]
 
     @classmethod
@@ -52,7 +53,8 @@ class Choices(NamedTuple):
         ruled = tuple(
             info for info in fields if info.valid_bit or info.reserved or info.values is not None or info.aligned > 1
         )
-        return cls(fields, numbers, ruled)
+        bits = tuple(info for info in fields if info.kind in {Kind.UINT, Kind.BITS})
+        return cls(fields, numbers, bits, ruled)
 
 
 class Mutator:
@@ -112,6 +114,10 @@ class Mutator:
             if changed:
                 self._pick(self._changes)(changed)
         return tuple(changed[:MAX_STEPS])
+
+    def extend(self, steps: Sequence[Record]) -> Steps:
+        """`steps`, and a few new ones in the state that they lead to."""
+        return (*steps[: MAX_STEPS - 4], *(self.step() for _ in range(1 + self._below(4))))
 
     def crossover(self, first: Sequence[Record], second: Sequence[Record]) -> Steps:
         """The beginning of one sequence and the end of another, or a piece of one inside the other."""
@@ -182,9 +188,9 @@ class Mutator:
         for name in message.needs:
             info = message.layout.FIELDS[name]
             if info.kind in {Kind.UINT, Kind.BITS} and rng.random() < 0.85:
-                fields[name] = self.legal(info)
+                fields[name] = self._legal_of(info, message.units.get(name))
         for name, value in message.fields.items():
-            if name not in fields or rng.random() < 0.6:
+            if name not in fields or rng.random() < (0.25 if name in message.units else 0.6):
                 fields[name] = value
         fields |= {name: message.fields[name] for name in _selecting(message)}
         return _put(record, payload, message.layout.build(**fields))
@@ -259,7 +265,9 @@ class Mutator:
             items = (*old[:position], self.number(info.name, info) & info.maximum, *old[position + 1 :])
             data = layout.patch(data, **{info.name: items})
         else:
-            value = self.number(info.name, info, old) if self._rng.random() < 0.5 else self.legal(info)
+            unit = carried.units.get(info.name)
+            near = self._rng.random() < (0.2 if unit is not None else 0.5)
+            value = self.number(info.name, info, old) if near else self._legal_of(info, unit)
             data = layout.patch(data, **{info.name: value & info.maximum})
         steps[index] = _put(steps[index], carried.payload, data)
 
@@ -301,6 +309,16 @@ class Mutator:
         if way < 0.9:
             return self._pick(NUMBERS)
         return rng.getrandbits(self._pick((8, 12, 16, 32, 64)))
+
+    def _legal_of(self, info: FieldInfo, unit: str | type[Layout] | None) -> int:
+        """A number that keeps the rules of a field and is what a message says that it is."""
+        if isinstance(unit, str):
+            value = self.pools.draw(self._rng, unit)
+            return self.legal(info) if value is None else value & info.maximum
+        if unit is None:
+            return self.legal(info)
+        numbers = {part.name: self.legal(part) for part in self._choices_of(unit).numbers_and_bits}
+        return int.from_bytes(unit.build(**numbers), "little") & info.maximum
 
     def legal(self, info: FieldInfo) -> int:
         """A number that keeps the rules of a field."""

@@ -6,6 +6,7 @@ same name or unit. Nothing here knows any feature: names come from records and l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 MAX_VALUES = 64
 """Values kept of one resource; the oldest go."""
 
+EDGES = 0.5
+"""How often a number of a range is one at its ends."""
+
 SUFFIXES = ("spa", "gpa", "asid", "handle")
 """A field whose name ends so holds such a thing, whatever stands before it."""
 
@@ -33,12 +37,14 @@ def resource_of(name: str, unit: str = "") -> str:
 
 
 class Pools:
-    """Values by resource, in the order in which they were first seen."""
+    """Values by resource, in the order in which they were first seen, and the ranges that every machine has."""
 
-    __slots__ = ("values",)
+    __slots__ = ("ranges", "values")
 
     def __init__(self) -> None:
         self.values: dict[str, list[int]] = {}
+        self.ranges: dict[str, list[tuple[int, int]]] = {}
+        """First and last of numbers in a row: ports, MSRs, CPUID leaves, windows of devices."""
 
     def add(self, resource: str, value: int) -> None:
         """Keep `value`; zero says nothing."""
@@ -52,6 +58,13 @@ class Pools:
 
     def draw(self, rng: Random, resource: str) -> int | None:
         """Some value of a resource, None when none is known."""
+        ranges = self.ranges.get(resource)
+        if ranges:
+            first, last = ranges[int(rng.random() * len(ranges))]
+            way = rng.random()
+            if way < EDGES:
+                return (first, last, last + 1, first + 1)[int(way / EDGES * 4)]
+            return first + int(rng.random() * (last - first + 1))
         pool = self.values.get(resource)
         return pool[int(rng.random() * len(pool))] if pool else None
 
@@ -90,3 +103,18 @@ class Pools:
             for offset in (0, 0x1000, vm.memory_bytes // 2, vm.memory_bytes - 0x1000):
                 self.add("spa", vm.memory_spa + offset)
                 self.add("gpa", offset)
+        tables = machine.tables
+        for resource, numbers in (("port", tables.ports), ("msr", tables.guest_msrs), ("leaf", tables.cpuid)):
+            self.ranges[resource] = rows(numbers)
+        self.ranges["mmio"] = [(window.gpa, window.gpa + window.length_bytes - 1) for window in tables.mmio]
+
+
+def rows(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of each row of numbers."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found

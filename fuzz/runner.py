@@ -5,7 +5,7 @@ Harness, campaign, minimisation, benchmark and tests all run inputs here, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -26,12 +26,21 @@ EVERYWHERE = "oracles"
 """The plugin whose oracles judge every target."""
 
 
+Told = Callable[[Record, Outcome], object]
+
+
 class Run(NamedTuple):
-    """What one input did: how many steps ran, what the oracles say, and whether it reached something new."""
+    """What one input did: how many steps ran, what the oracles say, and whether it reached something new.
+
+    `useful` is how many steps the last new thing took: what comes after them adds nothing; `state` the state of all
+    machines then, in words (empty when nothing was new).
+    """
 
     steps: int
     findings: tuple[Finding, ...]
     new: int
+    useful: int = 0
+    state: str = ""
 
 
 class Runner:
@@ -88,20 +97,27 @@ class Runner:
         kept = [tuple(step for step in steps if self.codec.accepts(step))[:64] for steps in found]
         return [steps for steps in kept if steps]
 
-    def run(self, steps: Sequence[Record], *, learn: bool = False) -> Run:
-        """Run a sequence and reset; with `learn`, resources that it names are kept when it reached something new."""
+    def run(self, steps: Sequence[Record], *, learn: bool = False, told: Told | None = None) -> Run:
+        """Run a sequence and reset; with `learn`, resources that it names are kept when it reached something new.
+
+        `told` gets each step with its outcome once the sequence is over.
+        """
         machine, sink, feedback = self.machine, self.sink, self.feedback
         seen: list[tuple[Record, Outcome]] = []
-        new = 0
+        new = useful = 0
+        state = ""
         try:
             for step in steps:
                 outcome = machine.apply(step)
-                new += feedback.step(step, outcome)
                 seen.append((step, outcome))
+                if found := feedback.step(step, outcome):
+                    new += found
+                    useful = len(seen)
+                    state = feedback.state_words
                 if sink.tainted:
                     break
         except Exception as error:  # noqa: BLE001  # whatever leaves the model is the finding
-            sink.findings.append(crash(error, steps[len(seen)]))
+            sink.findings.append(crash(error, steps[min(len(seen), len(steps) - 1)]))
             sink.tainted = True
         findings = sink.sequence_end(machine)
         if findings:
@@ -112,7 +128,10 @@ class Runner:
         if learn and new:
             for step, outcome in seen:
                 self.pools.harvest(self.messages, step, outcome)
-        return Run(len(seen), findings, new)
+        if told is not None:
+            for step, outcome in seen:
+                told(step, outcome)
+        return Run(len(seen), findings, new, useful, state)
 
     def run_bytes(self, data: bytes) -> Run:
         """Decode and run."""

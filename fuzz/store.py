@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,17 @@ class Store:
         """Keep a value."""
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Everything that is added inside is one transaction: all of it or nothing."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
     # Corpus -----------------------------------------------------------------------------------------------------
 
     def add_input(self, target: str, data: bytes, *, worker: int = -1, new: int = 0) -> bool:
@@ -110,6 +122,10 @@ class Store:
         row = (target, sha256(data).hexdigest(), data, worker, new)
         done = self._db.execute("INSERT OR IGNORE INTO corpus (target, sha, data, worker, new) VALUES (?,?,?,?,?)", row)
         return bool(done.rowcount)
+
+    def targets(self) -> list[str]:
+        """The targets that have a corpus."""
+        return [row[0] for row in self._db.execute("SELECT DISTINCT target FROM corpus ORDER BY target")]
 
     def inputs(self, target: str, *, after: int = 0, not_worker: int | None = None) -> list[tuple[int, bytes]]:
         """(number, input) of a target after number `after`, without those of one worker."""
@@ -124,16 +140,15 @@ class Store:
         shas = {sha256(data).hexdigest() for data in kept}
         rows = self._db.execute("SELECT id, sha FROM corpus WHERE target = ?", (target,)).fetchall()
         gone = [(number,) for number, sha in rows if sha not in shas]
-        with self._db:
-            self._db.execute("BEGIN")
+        with self.together():
             self._db.executemany("DELETE FROM corpus WHERE id = ?", gone)
-            self._db.execute("COMMIT")
 
     def add_reached(self, target: str, coordinates: Iterable[str]) -> None:
         """Keep what was reached."""
-        self._db.execute("BEGIN")
-        self._db.executemany("INSERT OR IGNORE INTO reached VALUES (?, ?)", ((target, text) for text in coordinates))
-        self._db.execute("COMMIT")
+        with self.together():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO reached VALUES (?, ?)", ((target, item) for item in coordinates)
+            )
 
     def reached(self, target: str) -> list[str]:
         """Every coordinate that was reached, in order."""

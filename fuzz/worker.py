@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import resource
@@ -16,17 +15,15 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from sevlab.core.oracle import Finding
-from sevlab.core.plugins import load
 from sevlab.core.vocabulary import Record
 from sevlab.fuzz.engine import Budget, make_engine
 from sevlab.fuzz.feedback import Coordinate
 from sevlab.fuzz.paired import Paired
 from sevlab.fuzz.runner import Run, Runner
+from sevlab.fuzz.setup import Setup
 from sevlab.fuzz.store import Store
-from sevlab.fuzz.targets import all_targets, target_named
 
 REPORT_SECONDS = 1.0
 INPUT_SECONDS = 10.0
@@ -67,7 +64,8 @@ class Worker:
         findings = run.findings
         if run.new:
             self._new = True
-            self._store.add_input(self._target, self._runner.codec.encode(steps), worker=self._number, new=run.new)
+            data = self._runner.codec.encode(steps[: run.useful])
+            self._store.add_input(self._target, data, worker=self._number, new=run.new)
         if not findings and (run.new or not self._inputs % self._paired.EVERY):
             findings = self._paired.judge(steps)
         if findings:
@@ -113,23 +111,17 @@ class Worker:
         return [data for _, data in found]
 
 
-def given_modules(names: Sequence[str]) -> dict[str, Any]:
-    """Plugins by `name=module`, which take part without being installed."""
-    return {name: importlib.import_module(module) for name, _, module in (item.partition("=") for item in names)}
-
-
 def main() -> None:
     """Run one worker as its arguments say."""
     folder, name, number, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGALRM, _too_slow)
     engine = make_engine(options["engine"])
-    given = given_modules(options["given"])
-    target = target_named(name, None) if not given else {**all_targets()}[name]
-    engine.prepare(load([*target.plugins, *given], given=given))
-    seed = options["seed"] * 1000 + number
-    runner = Runner(target, given=given, seed=seed)
     store = Store(Path(folder))
+    setup = Setup.of(store)
+    engine.prepare(setup.plugins(name))
+    seed = options["seed"] * 1000 + number
+    runner = setup.runner(name, seed=seed)
     store.start_worker(name, number, os.getpid())
     worker = Worker(store, runner, number)
     corpus = [data for _, data in store.inputs(name)]

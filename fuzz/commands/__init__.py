@@ -12,7 +12,8 @@ COMMANDS: tuple[CommandSpec, ...] = (
     CommandSpec("run", "Run or resume a campaign", f"{_HERE}.run:run", "fuzz"),
     CommandSpec("status", "Show the numbers of a campaign", f"{_HERE}.results:status", "fuzz"),
     CommandSpec("triage", "Minimise the findings of a campaign and tell each", f"{_HERE}.results:triage", "fuzz"),
-    CommandSpec("cover", "Show which messages and states a campaign reached", f"{_HERE}.results:cover", "fuzz"),
+    CommandSpec("minimise", "Make a finding smaller", f"{_HERE}.results:minimise", "fuzz"),
+    CommandSpec("cover", "Show what messages and code a corpus reaches", f"{_HERE}.results:cover", "fuzz"),
     CommandSpec("corpus", "Import, export or minimise a campaign's corpus", f"{_HERE}.corpus:corpus", "fuzz"),
     CommandSpec("export", "Write a finding as a test or a program for elsewhere", f"{_HERE}.results:export", "fuzz"),
 )

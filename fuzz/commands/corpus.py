@@ -23,13 +23,12 @@ def corpus(*, action: str, folder: Path, target: str, files: tuple[Path, ...], a
     export: write each into the directory FILES.
     """
     from sevlab.fuzz.corpus import minimal
-    from sevlab.fuzz.runner import Runner
     from sevlab.fuzz.seeds import seeds_of_file
+    from sevlab.fuzz.setup import Setup
     from sevlab.fuzz.store import Store
-    from sevlab.fuzz.targets import target_named
 
-    runner = Runner(target_named(target))
-    store = Store(folder, create=action == "import")
+    store = Store(folder)
+    runner = Setup.of(store).runner(target)
     before = [data for _, data in store.inputs(target)]
     refused: list[str] = []
     if action == "minimise":

@@ -1,14 +1,16 @@
-"""`sevlab fuzz status|triage|cover|export`."""
+"""`sevlab fuzz status|triage|minimise|cover|export`."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from sevlab.core.cli import echo_json
-from sevlab.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sevlab.fuzz.store import Store, Stored
+    from sevlab.fuzz.triage import Triage
 
 FORMS = ("pytest", "kvm-unit-test", "syzkaller", "json", "sevtrace")
 _folder = click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
@@ -32,66 +34,86 @@ def status(*, folder: Path, as_json: bool) -> None:
 
 @click.command()
 @_folder
+@click.argument("identity", default="")
 @_json
-def triage(*, folder: Path, as_json: bool) -> None:
-    """Minimise what is not yet, write each finding's trace, and tell each."""
-    from sevlab.fuzz import triage as work
-    from sevlab.fuzz.runner import Runner
+def triage(*, folder: Path, identity: str, as_json: bool) -> None:
+    """Minimise what is not yet, write each finding's trace, and tell each, or IDENTITY alone."""
     from sevlab.fuzz.store import Store
-    from sevlab.fuzz.targets import target_named
-    from sevlab.fuzz.worker import given_modules
+    from sevlab.fuzz.triage import Triage
 
     store = Store(folder)
-    given = given_modules(store.meta("given") or ())
-    found = work.triage(store, given=given)
+    work = Triage(store)
+    found = work.all()
+    if identity:
+        found = [work.named(identity)]
     if as_json:
-        echo_json([{**stored._asdict(), "data": stored.data.hex(), "minimised": stored.smallest.hex(),
-                    "trace": str(work.trace_path(store, stored))} for stored in found])  # fmt: skip
+        echo_json([_document(store, stored) for stored in found])
         return
     for stored in found:
-        for line in work.story(Runner(target_named(stored.target), given=given), stored):
-            click.echo(line)
-        click.echo(f"  reproduce: sevlab replay {work.trace_path(store, stored)}\n")
+        _tell(store, work, stored)
     click.echo(f"{len(found)} findings")
 
 
 @click.command()
 @_folder
+@click.argument("identity")
+@click.option("--seconds", type=click.FloatRange(0), default=5, show_default=True, help="How long to try.")
 @_json
-def cover(*, folder: Path, as_json: bool) -> None:
-    """Show, for each message, in how many states and with how many results campaign DIR has seen it."""
-    from sevlab.fuzz.runner import Runner
+def minimise(*, folder: Path, identity: str, seconds: float, as_json: bool) -> None:
+    """Make finding IDENTITY of campaign DIR smaller than it is, and tell it."""
     from sevlab.fuzz.store import Store
-    from sevlab.fuzz.targets import target_named
+    from sevlab.fuzz.triage import Triage
 
     store = Store(folder)
-    document: dict[str, dict[str, dict[str, int]]] = {}
-    for name in store.status()["targets"]:
-        runner = Runner(target_named(name))
-        states: Counter[str] = Counter()
-        results: dict[str, set[str]] = {}
-        for machine, state, message, result in map(json.loads, store.reached(name)):
-            states[message] += 1
-            results.setdefault(message, set()).add(json.dumps(result))
-            del machine, state
-        labels = {
-            f"{kind}:{message.number:#x}": f"{kind} {message.name}"
-            for kind in runner.messages.by_kind
-            if kind in runner.target.steps
-            for _, message in runner.messages.choices(kind)
-        }
-        labels |= {message: message for message in states if message not in labels}
-        document[name] = {
-            label: {"states": states.get(key, 0), "results": len(results.get(key, ()))} for key, label in labels.items()
-        }
+    work = Triage(store)
+    before = work.named(identity)
+    stored = work.minimise(before, seconds=seconds)
+    decode = work.runner(stored.target).codec.decode
+    steps = [len(decode(data)) for data in (before.data, before.smallest, stored.smallest)]
     if as_json:
-        echo_json(document)
+        sizes = dict(zip(("found", "before", "now"), steps, strict=True))
+        echo_json({**_document(store, stored), "steps": sizes})
         return
-    for name, messages in document.items():
-        missing = [label for label, row in messages.items() if not row["states"]]
-        click.echo(f"{name}: {len(messages) - len(missing)} of {len(messages)} messages reached")
-        for label, row in sorted(messages.items()):
-            click.echo(f"  {label:<44} {row['states']:>5} coordinates {row['results']:>4} results")
+    _tell(store, work, stored)
+    click.echo(f"{steps[0]} steps when it was found, {steps[1]} before, {steps[2]} now")
+
+
+def _document(store: Store, stored: Stored) -> dict[str, Any]:
+    from sevlab.fuzz.triage import trace_path
+
+    hexed = {"data": stored.data.hex(), "minimised": stored.smallest.hex()}
+    return {**stored._asdict(), **hexed, "trace": str(trace_path(store, stored))}
+
+
+def _tell(store: Store, work: Triage, stored: Stored) -> None:
+    from sevlab.fuzz.triage import trace_path
+
+    for line in work.story(stored):
+        click.echo(line)
+    click.echo(f"  reproduce: sevlab replay {trace_path(store, stored)}\n")
+
+
+@click.command()
+@_folder
+@click.option("--html", type=click.Path(path_type=Path), help="Write the whole matrix as a page.")
+@click.option("--code/--no-code", default=True, help="Run the corpus with the lines of handlers counted.")
+@_json
+def cover(*, folder: Path, html: Path | None, code: bool, as_json: bool) -> None:
+    """Show what the corpus of campaign DIR reaches: messages, their fields and outcomes, and the code of handlers."""
+    from sevlab.core.cli import write_output
+    from sevlab.fuzz.coverage import audit_campaign
+    from sevlab.fuzz.store import Store
+
+    audit = audit_campaign(Store(folder), code=code)
+    if html is not None:
+        write_output(html, audit.page(f"Campaign {folder.name}").encode())
+    if as_json:
+        echo_json(audit.document())
+        return
+    for line in audit.lines():
+        click.echo(line)
+    if html is not None:
+        click.echo(f"{html}: the whole matrix")
 
 
 @click.command()
@@ -101,19 +123,17 @@ def cover(*, folder: Path, as_json: bool) -> None:
 @click.option("--to", "form", type=click.Choice(FORMS), default="pytest", show_default=True, help="Format of the file.")
 def export(*, folder: Path, identity: str, output: Path, form: str) -> None:
     """Write finding IDENTITY of campaign DIR for use elsewhere."""
-    from sevlab.fuzz import triage as work
     from sevlab.fuzz.export import export as exported
     from sevlab.fuzz.store import Store
-    from sevlab.fuzz.worker import given_modules
+    from sevlab.fuzz.triage import Triage, trace_path
 
     store = Store(folder)
-    given = given_modules(store.meta("given") or ())
-    found = [stored for stored in work.triage(store, given=given) if stored.identity.startswith(identity)]
-    if len(found) != 1:
-        known = ", ".join(stored.identity for stored in store.findings()) or "none"
-        raise ConfigError(f"{folder}: {len(found)} findings begin with {identity!r}; there are {known}")
+    work = Triage(store)
+    work.all()
+    stored = work.named(identity)
+    path = trace_path(store, stored)
     if form == "sevtrace":
-        output.write_bytes(work.trace_path(store, found[0]).read_bytes())
+        output.write_bytes(path.read_bytes())
     else:
-        output.write_text(exported(work.trace_path(store, found[0]), form, given=given))
-    click.echo(f"{output}: {found[0].oracle}: {found[0].rule}")
+        output.write_text(exported(path, form, given=work.setup.modules))
+    click.echo(f"{output}: {stored.oracle}: {stored.rule}")

@@ -39,6 +39,7 @@ def targets(*, as_json: bool) -> None:
 @click.option("--seed", type=click.IntRange(0, 1 << 20), default=1, show_default=True, help="Where chance begins.")
 @click.option("--engine", type=click.Choice(["atheris", "builtin"]), help="Default: atheris if it is installed.")
 @click.option("--given", multiple=True, metavar="NAME=MODULE", help="A plugin that is not installed.")
+@click.option("--set", "settings", multiple=True, metavar="PLUGIN.OPTION=VALUE", help="An option; the plugin joins.")
 @click.option("--resume/--fresh", "resume", default=True, help="Go on with a campaign that is there, or refuse to.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines while it runs, and the findings at the end.")
 def run(
@@ -51,22 +52,23 @@ def run(
     seed: int,
     engine: str | None,
     given: tuple[str, ...],
+    settings: tuple[str, ...],
     resume: bool,
     as_json: bool,
 ) -> None:
     """Fuzz TARGETs in a campaign; exit code 1 when there are findings."""
     from sevlab.fuzz.campaign import Plan
     from sevlab.fuzz.campaign import run as run_campaign
-    from sevlab.fuzz.triage import triage
-    from sevlab.fuzz.worker import given_modules
+    from sevlab.fuzz.setup import Setup
+    from sevlab.fuzz.triage import Triage
 
     if not seconds and not runs:
         raise ConfigError("--seconds 0 and --runs 0: a campaign needs a limit")
     plan = Plan(targets=tuple(dict.fromkeys(names)), workers=workers, seconds=seconds, runs=runs, seed=seed,
-                engine=engine, given=given)  # fmt: skip
+                engine=engine, setup=Setup(given, settings))  # fmt: skip
     with _view(as_json=as_json) as view:
         store = run_campaign(folder, plan, view, fresh=not resume)
-    found = triage(store, given=given_modules(given))
+    found = Triage(store).all()
     document = {"campaign": str(folder), "seed": seed, **store.status()}
     if as_json:
         echo_json(document)

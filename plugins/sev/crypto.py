@@ -9,7 +9,7 @@ Source: 55766, appendix "Key derivation" and the commands' sections; sev-tool sr
 from __future__ import annotations
 
 from enum import IntEnum
-from functools import cache
+from functools import cache, lru_cache
 from hmac import compare_digest, digest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -211,6 +211,11 @@ def gcm_open(key: bytes, iv: int, associated: bytes, ciphertext: bytes, tag: byt
 # P-384 --------------------------------------------------------------------------------------------------------------
 
 
+_remembered = lru_cache(maxsize=512)
+"""For what depends on its arguments alone: a reset machine makes the same keys and meets the same points again, and a
+fuzzer resets it thousands of times a second."""
+
+
 @cache
 def _ec() -> Any:
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -241,12 +246,14 @@ def private_key(scalar: int) -> EllipticCurvePrivateKey:
     return _ec().derive_private_key(scalar, _ec().SECP384R1())  # type: ignore[no-any-return]
 
 
+@_remembered
 def public_point(scalar: int) -> Point:
     """The public point of a private scalar."""
     numbers = private_key(scalar).public_key().public_numbers()
     return Point(numbers.x, numbers.y)
 
 
+@_remembered
 def public_key(point: Point) -> EllipticCurvePublicKey | None:
     """The key object of a point, None when it is not on the curve (or the point at infinity, written 0, 0)."""
     try:
@@ -255,6 +262,7 @@ def public_key(point: Point) -> EllipticCurvePublicKey | None:
         return None
 
 
+@_remembered
 def ecdh(scalar: int, point: Point) -> bytes | None:
     """The shared x coordinate, 48 bytes big-endian; None when `point` is not on the curve.
 
@@ -268,6 +276,7 @@ def ecdh(scalar: int, point: Point) -> bytes | None:
     return shared.rjust(FIELD_BYTES, b"\0")
 
 
+@_remembered
 def ecdsa_sign(scalar: int, message: bytes, *, hash_bits: int = 256) -> tuple[int, int]:
     """(r, s) over SHA-256 (or, for `hash_bits` 384, SHA-384) of `message`; deterministic. Source: RFC 6979."""
     from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
@@ -276,6 +285,7 @@ def ecdsa_sign(scalar: int, message: bytes, *, hash_bits: int = 256) -> tuple[in
     return decode_dss_signature(private_key(scalar).sign(message, algorithm))
 
 
+@_remembered
 def ecdsa_verify(point: Point, message: bytes, signature: tuple[int, int], *, hash_bits: int = 256) -> bool:
     """Whether (r, s) is a signature over the hash of `message` by the key of `point`."""
     from cryptography.exceptions import InvalidSignature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ CHIP_KEY_BYTES = 32
 SECP256K1_ORDER = 0xFFFFFFFF_FFFFFFFF_FFFFFFFF_FFFFFFFE_BAAEDCE6_AF48A03B_BFD25E8C_D0364141
 
 
+@lru_cache(maxsize=16)
 def chip_id(chip_key: bytes) -> bytes:
     """What GET_ID tells of a chip: x and y, 32 bytes each, of the generator of secp256k1 scaled by its secret.
 

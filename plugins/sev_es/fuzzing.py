@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sevlab.core.config import GuestConfig
 from sevlab.core.cpu import CONTROL_SEV_ES
 from sevlab.core.events import CpuExit, Party, Schedule, SetRegisters
+from sevlab.core.exitinfo import IoioInfo
+from sevlab.core.layout import Layout
 from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
 from sevlab.core.payload import Message, Payload
 from sevlab.core.svm import ExitCode
@@ -25,7 +27,6 @@ from sevlab.plugins.sev_es.startup import set_up_vcpus
 from sevlab.plugins.sev_es.states import Hold, SevEsState, sev_es_state
 
 if TYPE_CHECKING:
-    from sevlab.core.cpu import Vcpu
     from sevlab.core.machine import Machine
 
 GHCB_GPA = 0x5000
@@ -53,6 +54,15 @@ def _place(machine: Machine, record: Record) -> int | None:
     return None if vcpu is None or msr & PAGE_MASK else machine.access.translate_gpa(vcpu, msr)
 
 
+UNITS: dict[int, dict[str, str | type[Layout]]] = {
+    ExitCode.IOIO: {"sw_exit_info_1": IoioInfo},
+    ExitCode.MSR: {"rcx": "msr"},
+    ExitCode.CPUID: {"rax": "leaf"},
+    NaeCode.MMIO_READ: {"sw_exit_info_1": "mmio"},
+    NaeCode.MMIO_WRITE: {"sw_exit_info_1": "mmio"},
+}
+"""What the numbers of some events are."""
+
 PAYLOADS: tuple[Payload, ...] = (
     Payload(
         "sev_es.vmgexit",
@@ -73,6 +83,7 @@ PAYLOADS: tuple[Payload, ...] = (
                     **({} if event.scratch is None else {"sw_scratch": GHCB_GPA + SHARED_BUFFER_OFFSET}),
                 },
                 event.inputs,
+                UNITS.get(code, {}),
             )
             for code, event in sorted(ALL.items())
         ),
@@ -107,21 +118,19 @@ class VcpuInvariants:
     )
 
     def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
-        vcpu = machine.vcpus.get(step[0])
-        return () if vcpu is None else self._judge(machine, vcpu, spec_of(step).kind)
+        wrong: list[tuple[str, str]] = []
+        for vcpu_id, vcpu in machine.vcpus.items():
+            xcr0, vmcb = vcpu.system.xcr0, vcpu.vmcb
+            if not xcr0 & X87 or (xcr0 & AVX and not xcr0 & SSE):
+                wrong.append(("xcr0", f"vCPU {vcpu_id}: XCR0 is {xcr0:#x}"))
+            if vcpu.stopped or vcpu.halted or not vmcb.encryption_control & CONTROL_SEV_ES:
+                continue
+            if vmcb.vmsa_pa & PAGE_MASK or vmcb.vmsa_pa >= machine.memory.size_bytes:
+                wrong.append(("vmsa", f"vCPU {vcpu_id} runs with a save area at {vmcb.vmsa_pa:#x}"))
+        return tuple([Finding(self.name, rule, message, spec_of(step).kind) for rule, message in wrong])
 
     def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
-        return tuple(found for vcpu in machine.vcpus.values() for found in self._judge(machine, vcpu, ""))
-
-    def _judge(self, machine: Machine, vcpu: Vcpu, handler: str) -> tuple[Finding, ...]:
-        xcr0, vmcb = vcpu.system.xcr0, vcpu.vmcb
-        wrong: list[tuple[str, str]] = []
-        if not xcr0 & X87 or (xcr0 & AVX and not xcr0 & SSE):
-            wrong.append(("xcr0", f"vCPU {vcpu.vcpu_id}: XCR0 is {xcr0:#x}"))
-        runs = vmcb.encryption_control & CONTROL_SEV_ES and not (vcpu.stopped or vcpu.halted)
-        if runs and (vmcb.vmsa_pa & PAGE_MASK or vmcb.vmsa_pa >= machine.memory.size_bytes):
-            wrong.append(("vmsa", f"vCPU {vcpu.vcpu_id} runs with a save area at {vmcb.vmsa_pa:#x}"))
-        return tuple([Finding(self.name, rule, message, handler) for rule, message in wrong])
+        return ()
 
 
 class PrivateMmio:

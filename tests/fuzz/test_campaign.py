@@ -17,9 +17,10 @@ from sevlab.fuzz.campaign import Plan, prepare
 from sevlab.fuzz.corpus import minimal
 from sevlab.fuzz.runner import Runner
 from sevlab.fuzz.seeds import seeds_of_file
+from sevlab.fuzz.setup import Setup
 from sevlab.fuzz.store import FILE, Store, identity_of
 from sevlab.fuzz.targets import target_named
-from sevlab.fuzz.triage import findings_of, smallest, story, trace_path, triage, write_trace
+from sevlab.fuzz.triage import Triage, findings_of, smallest, trace_path, write_trace
 from sevlab.plugins.sev_es import Ghcb, Vmgexit
 from sevlab.plugins.sev_es.fuzzing import GHCB_GPA
 from sevlab.traces.reader import TraceReader
@@ -28,6 +29,7 @@ from sevlab.traces.replay_recorded import replay_recorded
 from tests.fuzz import faulty
 
 GIVEN = {"faulty": faulty}
+FAULTY = Setup(given=("faulty=tests.fuzz.faulty",))
 BAD = Vmgexit(0, GHCB_GPA, Ghcb.build(sw_exit_code=0x89, sw_exit_info_1=0, sw_exit_info_2=0x31))
 GOOD = Vmgexit(0, GHCB_GPA, Ghcb.build(sw_exit_code=0x72, sw_exit_info_1=0, sw_exit_info_2=0, rax=0, rcx=0))
 
@@ -44,6 +46,7 @@ def runner():
 @pytest.fixture
 def store(tmp_path, runner):
     store = Store(tmp_path / "campaign", create=True)
+    FAULTY.keep(store)
     finding = runner.run((GOOD, GOOD, BAD, GOOD)).findings[0]
     assert store.add_finding("ghcb", finding, runner.codec.encode((GOOD, GOOD, BAD, GOOD)), flaky=False)
     return store
@@ -63,7 +66,8 @@ def test_a_finding_seen_again_is_counted(store, runner):
 
 
 def test_triage_leaves_one_simple_step_and_a_trace_that_replays(store, runner):
-    (stored,) = triage(store, given=GIVEN)
+    work = Triage(store)
+    (stored,) = work.all()
     (step,) = runner.codec.decode(stored.minimised)
     assert Ghcb.from_bytes(step.page.ljust(4096, b"\0")).sw_exit_code == 0x89
     path = trace_path(store, stored)
@@ -71,9 +75,11 @@ def test_triage_leaves_one_simple_step_and_a_trace_that_replays(store, runner):
         assert not replay_recorded(reader, given=GIVEN).divergences
     with TraceReader(path) as reader:
         assert any("buffer.bounds" in str(entry.outcome) for entry in reader)
-    lines = "\n".join(story(runner, stored))
+    lines = "\n".join(work.story(stored))
     assert "buffer.bounds" in lines
     assert "sw_exit_code=0x89" in lines
+    assert "rule: A handler never leaves a checked buffer" in lines
+    assert " instead of " in lines  # what a correct machine answers
 
 
 def test_a_foreign_or_newer_directory_is_refused_and_left_alone(tmp_path):
@@ -95,6 +101,12 @@ def test_a_foreign_or_newer_directory_is_refused_and_left_alone(tmp_path):
     assert (foreign / "mine.txt").read_text() == "mine"
 
 
+def test_a_campaign_goes_on_with_the_plugins_and_options_that_it_began_with(store):
+    prepare(store.folder, Plan(targets=("ghcb",), setup=FAULTY), fresh=False)
+    with pytest.raises(CampaignError, match=r"began with --given faulty=.*cannot go on with --set seeded.bugs=S07"):
+        prepare(store.folder, Plan(targets=("ghcb",), setup=Setup(settings=("seeded.bugs=S07",))), fresh=False)
+
+
 def test_a_fresh_campaign_does_not_touch_one_that_is_there(store):
     with pytest.raises(CampaignError, match="there is a campaign here"):
         prepare(store.folder, Plan(targets=("ghcb",)), fresh=True)
@@ -113,7 +125,7 @@ def test_a_corpus_is_minimal_when_each_input_reaches_something(runner):
 
 def test_a_recorded_trace_is_seeds_and_another_file_is_an_input(tmp_path, runner):
     path = tmp_path / "x.sevtrace"
-    write_trace("ghcb", (GOOD, GOOD), path)
+    write_trace(runner, (GOOD, GOOD), path)
     assert [runner.codec.decode(data)[-2:] for data in seeds_of_file(path, runner)][-1] == (GOOD, GOOD)
     other = tmp_path / "crash-1"
     other.write_bytes(b"abc")
@@ -140,7 +152,17 @@ def test_a_campaign_finds_tells_and_exports_a_fault(tmp_path):
     identity = Store(folder).findings()[0].identity
     assert command("export", folder, identity, "-o", tmp_path / "t.py").exit_code == 0
     assert json.loads(command("status", folder, "--json").output)["targets"]["ghcb"]["inputs"] == 600
-    assert "messages reached" in command("cover", folder).output
+    assert "minimised" in command("triage", folder, "--json").output
+    smaller = command("minimise", folder, identity[:6], "--seconds", 1)
+    assert "1 before, 1 now" in smaller.output
+    covered = command("cover", folder, "--html", tmp_path / "c.html", "--json")
+    document = json.loads(covered.output)
+    assert document["surface"]["totals"]["messages"][0] > 20
+    assert any(
+        row["module"].endswith("sev_es.events") and row["lines"] > len(row["not_run"]) for row in document["code"]
+    )
+    assert "Code of the handlers" in (tmp_path / "c.html").read_text()
+    assert "messages: " in command("cover", folder, "--no-code").output
     before = len(Store(folder).inputs("ghcb"))
     assert command("corpus", "minimise", folder, "ghcb").exit_code == 0
     assert 0 < len(Store(folder).inputs("ghcb")) <= before
@@ -159,8 +181,8 @@ def test_the_same_seed_gives_the_same_corpus_twice(tmp_path):
 @pytest.mark.slow
 def test_a_killed_campaign_keeps_what_it_found_and_goes_on(tmp_path):
     arguments = [sys.executable, "-m", "sevlab.fuzz.worker", str(tmp_path / "c"), "ghcb", "0"]
-    options = {"engine": "builtin", "seed": 1, "seconds": 60, "runs": 0, "given": ["faulty=tests.fuzz.faulty"]}
-    prepare(tmp_path / "c", Plan(targets=("ghcb",)), fresh=True).close()
+    options = {"engine": "builtin", "seed": 1, "seconds": 60, "runs": 0}
+    prepare(tmp_path / "c", Plan(targets=("ghcb",), setup=FAULTY), fresh=True).close()
     process = subprocess.Popen([*arguments, json.dumps(options)])
     store = Store(tmp_path / "c")
     deadline = time.monotonic() + 40

@@ -168,9 +168,3 @@ def test_an_oracle_is_asked_only_after_the_steps_that_it_names(ghcb):
         sink.step_end(ghcb.machine, step, NOTHING)
     assert asked == [Vmgexit]
     assert rules(sink.sequence_end(ghcb.machine)) == {("after", "asked")}
-
-
-def test_every_vcpu_is_judged_at_the_end(ghcb):
-    ghcb.machine.vcpus[1].system.xcr0 = 5
-    assert VcpuInvariants().step_end(ghcb.machine, CPUID, NOTHING) == ()
-    assert rules(VcpuInvariants().sequence_end(ghcb.machine)) == {("sev_es.vcpu", "xcr0")}
