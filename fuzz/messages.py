@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from sevlab.core.layout import Layout
+from sevlab.core.layout import FieldInfo, Layout
 from sevlab.core.payload import Message, Payload
 from sevlab.core.plugins import PluginSet
 from sevlab.core.vocabulary import Record, spec_of
@@ -19,6 +19,16 @@ class Carried(NamedTuple):
     name: str
     layout: type[Layout] | None
     units: Mapping[str, str | type[Layout]] = {}
+    inputs: tuple[FieldInfo, ...] = ()
+    """The fields that the message is known to look at."""
+
+
+def carried_of(payload: Payload, message: Message) -> Carried:
+    """What a record carries that has this message."""
+    layout = message.layout
+    names = dict.fromkeys((*message.needs, *message.fields))
+    inputs = () if layout is None else tuple(layout.FIELDS[name] for name in names if name in layout.FIELDS)
+    return Carried(payload, message.number, message.name, layout, message.units, inputs)
 
 
 class Carrier(NamedTuple):
@@ -77,10 +87,7 @@ class Messages:
                 Carrier(
                     payload,
                     payload.message_of,
-                    {
-                        message.number: Carried(payload, message.number, message.name, message.layout, message.units)
-                        for message in payload.messages
-                    },
+                    {message.number: carried_of(payload, message) for message in payload.messages},
                 )
                 for payload in self.by_kind.get(spec_of(kind).kind, ())
             )

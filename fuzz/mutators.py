@@ -33,6 +33,9 @@ NUMBERS = (0, 1, 2, 3, 4, 7, 8, 15, 16, 0x20, 0xFF, 0x7F0, 0xFFF, 0x1000, 0xFFFF
 
 LENGTHS = (0, 1, 2, 4, 8, 15, 16, 32, 64, 256)
 MAX_RACE_FETCH = 4
+INPUTS = 0.75
+"""How often a field that is changed is one that its message is known to look at."""
+
 CHANGES = 3
 """Most changes that one call makes."""
 
@@ -256,7 +259,8 @@ class Mutator:
             return
         index, carried, layout = found
         data = self._bytes_of(carried, steps[index])
-        info = self._pick(self._choices_of(layout).fields)
+        known = carried.inputs if carried.inputs and self._rng.random() < INPUTS else self._choices_of(layout).fields
+        info = self._pick(known)
         old = read_field(info, data)
         if info.kind is Kind.BYTES:
             data = layout.patch(data, **{info.name: self._leaf(old)})

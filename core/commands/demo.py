@@ -12,8 +12,9 @@ from sevlab.core.errors import ConfigError
 
 
 def chapters() -> tuple[DemoChapter, ...]:
-    """All chapters of the installed plugins in their order."""
-    found = [chapter for brought in plugins.load_all().call("sevlab_demo_chapters").values() for chapter in brought]
+    """All chapters of the installed plugins, and of what brings only commands, in their order."""
+    sets = (plugins.load_all(), plugins.load_all(group=plugins.COMMANDS_GROUP))
+    found = [item for each in sets for brought in each.call("sevlab_demo_chapters").values() for item in brought]
     return tuple(sorted(found, key=lambda chapter: (chapter.order, chapter.name)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sevlab.core.cliapi import CommandSpec
+from sevlab.core.cliapi import CommandSpec, DemoChapter
 from sevlab.core.hookspecs import hookimpl
 
 _HERE = "sevlab.fuzz.commands"
@@ -23,3 +23,9 @@ COMMANDS: tuple[CommandSpec, ...] = (
 def sevlab_commands() -> tuple[CommandSpec, ...]:
     """The commands."""
     return COMMANDS
+
+
+@hookimpl
+def sevlab_demo_chapters() -> tuple[DemoChapter, ...]:
+    """The chapter of fuzzing."""
+    return (DemoChapter("fuzz", "Fuzzing: a published bug found, made small and told", 80, "sevlab.fuzz.demo:chapter"),)

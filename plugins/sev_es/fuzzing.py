@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sevlab.core.config import GuestConfig
 from sevlab.core.cpu import CONTROL_SEV_ES
 from sevlab.core.events import CpuExit, Party, Schedule, SetRegisters
-from sevlab.core.exitinfo import IoioInfo
+from sevlab.core.exitinfo import IoioInfo, ioio_word
 from sevlab.core.layout import Layout
 from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
 from sevlab.core.payload import Message, Payload
@@ -55,11 +55,11 @@ def _place(machine: Machine, record: Record) -> int | None:
 
 
 UNITS: dict[int, dict[str, str | type[Layout]]] = {
-    ExitCode.IOIO: {"sw_exit_info_1": IoioInfo},
+    ExitCode.IOIO: {"sw_exit_info_1": IoioInfo, "sw_scratch": "gpa"},
     ExitCode.MSR: {"rcx": "msr"},
     ExitCode.CPUID: {"rax": "leaf"},
-    NaeCode.MMIO_READ: {"sw_exit_info_1": "mmio"},
-    NaeCode.MMIO_WRITE: {"sw_exit_info_1": "mmio"},
+    NaeCode.MMIO_READ: {"sw_exit_info_1": "mmio", "sw_scratch": "gpa"},
+    NaeCode.MMIO_WRITE: {"sw_exit_info_1": "mmio", "sw_scratch": "gpa"},
 }
 """What the numbers of some events are."""
 
@@ -238,16 +238,52 @@ def boot_guest(machine: Machine) -> None:
         machine.apply(GuestSetup(vcpu.vcpu_id, GHCB_GPA))
 
 
+ICR, INIT_OTHERS, START_OTHERS = 0xFEE0_0300, 0xC4500, 0xC4608
+"""The local APIC's interrupt command register, and what wakes all other processors. Source: 24593, 16.5."""
+
+
+def _wake(command: int) -> Vmgexit:
+    """The first vCPU writes `command` to its local APIC."""
+    buffer = command.to_bytes(4, "little") + bytes(Ghcb.FIELDS["shared_buffer"].length_bytes - 4)
+    scratch = GHCB_GPA + SHARED_BUFFER_OFFSET
+    page = Ghcb.build(
+        sw_exit_code=NaeCode.MMIO_WRITE, sw_exit_info_1=ICR, sw_exit_info_2=4, sw_scratch=scratch, shared_buffer=buffer
+    )
+    return Vmgexit(0, GHCB_GPA, page)
+
+
+SERIAL_PORT = 0x3F8
+TEXT = b"hello from a guest"
+
+
+def _string(*, is_in: bool) -> Vmgexit:
+    """A string of bytes to or from the serial port, through the buffer in the GHCB."""
+    buffer = TEXT + bytes(Ghcb.FIELDS["shared_buffer"].length_bytes - len(TEXT))
+    page = Ghcb.build(
+        sw_exit_code=ExitCode.IOIO,
+        sw_exit_info_1=ioio_word(SERIAL_PORT, 1, is_in=is_in, string=True, rep=True),
+        sw_exit_info_2=len(TEXT),
+        sw_scratch=GHCB_GPA + SHARED_BUFFER_OFFSET,
+        shared_buffer=buffer,
+    )
+    return Vmgexit(0, GHCB_GPA, page)
+
+
 def ghcb_seeds(_machine: Machine) -> tuple[tuple[Record, ...], ...]:
-    """A VMGEXIT of each declared event, on its own, and the usual start of a conversation."""
+    """A VMGEXIT of each declared event, strings, the usual start of a conversation, and the start of a second vCPU."""
     pages, requests = PAYLOADS
     singles = [Vmgexit(0, GHCB_GPA, Ghcb.build(**message.fields)) for message in pages.messages]
     start = [
         Vmgexit(0, int.from_bytes(message.layout.build(**message.fields), "little"), b"")
-        for message in requests.messages
+        for message in sorted(requests.messages, key=lambda message: message.number == MsrInfo.AP_RESET_HOLD_REQUEST)
         if message.layout is not None
     ]
-    return (tuple(start), *((step,) for step in (*singles, *start)))
+    hold = Ghcb.build(sw_exit_code=NaeCode.AP_RESET_HOLD, sw_exit_info_1=0, sw_exit_info_2=0)
+    holds = (Vmgexit(1, GHCB_GPA, hold), Vmgexit(1, int(MsrInfo.AP_RESET_HOLD_REQUEST), b""))
+    wake = (_wake(INIT_OTHERS), _wake(START_OTHERS))
+    starts = tuple((*wake, held, *wake) for held in holds)  # out of the launch state first, then out of the hold
+    strings = ((_string(is_in=False),), (_string(is_in=True),))
+    return (tuple(start), *starts, *strings, *((step,) for step in (*singles, *start)))
 
 
 def guest_seeds(_machine: Machine) -> tuple[tuple[Record, ...], ...]:
