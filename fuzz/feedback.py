@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from sevlab.core.plugins import PluginSet
 from sevlab.core.state import parts
+from sevlab.core.units import MASK64
 from sevlab.core.vocabulary import Outcome, Record, Role, spec_of
 from sevlab.fuzz.messages import Messages
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from sevlab.core.oracle import StateCounter
     from sevlab.fuzz.atheris_counters import AtherisCounters
 
-EXACT_BELOW = 0x1000
-"""Numbers of a result below this count as they are, larger ones by their length."""
+EXACT = 0x100
+"""Numbers of a result below this, or as little below 2^64, count as they are, others by their length."""
 
 RESULT_NUMBERS = 2
 """So many checked numbers of an outcome record belong to the result."""
@@ -223,7 +224,14 @@ def words_of(counter: StateCounter, raw: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(sorted({word.name if isinstance(word, Enum) else str(word) for word in words})[:MAX_STATES])
 
 
+def exact(value: int) -> int:
+    """A number of a result as far as it counts: an error of a call is a small number below zero."""
+    if value < EXACT:
+        return value
+    return -value.bit_length() if value <= MASK64 - EXACT else value
+
+
 def _result(kind: type, values: Any) -> tuple[Any, ...]:
     """The kind of an outcome and its first checked numbers."""
     numbers = values if isinstance(values, tuple) else (values,)
-    return (spec_of(kind).kind, *(value if value < EXACT_BELOW else -value.bit_length() for value in numbers))
+    return (spec_of(kind).kind, *(exact(value) for value in numbers))

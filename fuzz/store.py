@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -66,6 +66,27 @@ def identity_of(finding: Finding) -> str:
     return sha256(repr((finding.oracle, finding.rule, finding.handler, finding.state)).encode()).hexdigest()[:12]
 
 
+class _Connection(sqlite3.Connection):
+    """Says what the file cannot do as the user's error: a full disk, a lock that never ends, a file that is damaged."""
+
+    path: Path
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        try:
+            return super().execute(*arguments)
+        except sqlite3.DatabaseError as error:
+            raise self._refused(error) from error
+
+    def executemany(self, *arguments: Any) -> sqlite3.Cursor:
+        try:
+            return super().executemany(*arguments)
+        except sqlite3.DatabaseError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: sqlite3.DatabaseError) -> CampaignError:
+        return CampaignError(f"{self.path}: {error}; what was written before is safe, and --resume goes on from there")
+
+
 class Store:
     """One campaign directory. Raises `CampaignError` for a directory that is another's, or newer than this version."""
 
@@ -79,12 +100,15 @@ class Store:
                 raise CampaignError(f"{folder}: not empty and no campaign; name a new directory")
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(SCHEMA)
+            file = sqlite3.connect(path, timeout=30, isolation_level=None)
+            file.execute("PRAGMA journal_mode=WAL")
+            file.executescript(SCHEMA)
+            file.close()
         except sqlite3.DatabaseError as error:
             raise CampaignError(f"{path}: not a campaign: {error}") from error
+        self._db = sqlite3.connect(path, timeout=30, isolation_level=None, factory=_Connection)
+        self._db.path = path
+        self._db.execute("PRAGMA synchronous=NORMAL")
         version = self.meta("version")
         if version is None:
             self.set_meta("version", VERSION)
@@ -172,6 +196,13 @@ class Store:
         )
         return True
 
+    def saw_again(self, target: str, counts: Mapping[str, int]) -> None:
+        """Count findings that are stored already, by identity."""
+        rows = [(count, target, identity) for identity, count in counts.items()]
+        if rows:
+            with self.together():
+                self._db.executemany("UPDATE finding SET seen = seen + ? WHERE target = ? AND identity = ?", rows)
+
     def findings(self) -> list[Stored]:
         """All findings, in the order in which they were made."""
         rows = self._db.execute(
@@ -201,6 +232,15 @@ class Store:
             " coordinates = ?, last_new = CASE WHEN ? THEN ? ELSE last_new END WHERE target = ? AND number = ?",
             (inputs, steps, seconds, states, coordinates, new, time.time(), target, number),
         )
+
+    def workers(self) -> list[int]:
+        """The process ids that workers had when they started last."""
+        return [row[0] for row in self._db.execute("SELECT pid FROM worker ORDER BY target, number")]
+
+    def sound(self) -> bool:
+        """Whether the file is as it should be, every page of it."""
+        answer: tuple[str] = self._db.execute("PRAGMA integrity_check").fetchone()
+        return answer == ("ok",)
 
     def status(self) -> dict[str, Any]:
         """Numbers of the whole campaign, by target."""

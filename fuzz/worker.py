@@ -23,7 +23,7 @@ from sevlab.fuzz.feedback import Coordinate
 from sevlab.fuzz.paired import Paired
 from sevlab.fuzz.runner import Run, Runner
 from sevlab.fuzz.setup import Setup
-from sevlab.fuzz.store import Store
+from sevlab.fuzz.store import Store, identity_of
 
 REPORT_SECONDS = 1.0
 INPUT_SECONDS = 10.0
@@ -49,11 +49,14 @@ class Worker:
         self._number = number
         self._target = runner.target.name
         self._paired = Paired(runner)
+        self._parent = os.getppid()
         self._at = time.monotonic()
         self._cpu = time.process_time()
         self._inputs = self._steps = 0
         self._new = False
         self._known = 0
+        self._seen_again: dict[str, int] = {}
+        """By identity: how often what is stored already was found since the last report."""
         self._last = max((number for number, _ in store.inputs(self._target)), default=0)
 
     def told(self, steps: Sequence[Record], run: Run) -> bool:
@@ -72,15 +75,22 @@ class Worker:
             self._keep(steps, findings)
         if time.monotonic() - self._at >= REPORT_SECONDS:
             self.report()
+            return os.getppid() == self._parent  # a campaign that was killed leaves no worker behind
         return True
 
     def _keep(self, steps: Sequence[Record], findings: Sequence[Finding]) -> None:
-        """Store what is found; a finding that a second run does not show is flaky."""
+        """Store what is found at once; what was found before is only counted, until the next report."""
+        fresh = [finding for finding in findings if identity_of(finding) not in self._seen_again]
+        for finding in findings:
+            identity = identity_of(finding)
+            self._seen_again[identity] = self._seen_again.get(identity, -1) + 1
+        if not fresh:
+            return
         again = {
             (found.oracle, found.rule) for found in (*self._runner.run(steps).findings, *self._paired.judge(steps))
         }
         data = self._runner.codec.encode(steps)
-        for finding in findings:
+        for finding in fresh:  # what a second run does not show is flaky
             flaky = (finding.oracle, finding.rule) not in again
             self._store.add_finding(self._target, finding, data, flaky=flaky)
 
@@ -91,6 +101,8 @@ class Worker:
         self._known = len(feedback.reached)
         if fresh:
             self._store.add_reached(self._target, (json.dumps(key) for key in fresh))
+        self._store.saw_again(self._target, {identity: count for identity, count in self._seen_again.items() if count})
+        self._seen_again = dict.fromkeys(self._seen_again, 0)
         self._store.count(
             self._target,
             self._number,

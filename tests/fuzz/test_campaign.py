@@ -21,12 +21,14 @@ from sevlab.fuzz.setup import Setup
 from sevlab.fuzz.store import FILE, Store, identity_of
 from sevlab.fuzz.targets import target_named
 from sevlab.fuzz.triage import Triage, findings_of, smallest, trace_path, write_trace
+from sevlab.fuzz.worker import Worker
 from sevlab.plugins.sev_es import Ghcb, Vmgexit
 from sevlab.plugins.sev_es.fuzzing import GHCB_GPA
 from sevlab.traces.reader import TraceReader
 from sevlab.traces.replay_recorded import replay_recorded
 
 from tests.fuzz import faulty
+from tests.fuzz.endurance import endure
 
 GIVEN = {"faulty": faulty}
 FAULTY = Setup(given=("faulty=tests.fuzz.faulty",))
@@ -205,3 +207,31 @@ def test_atheris_workers_find_a_fault(tmp_path):
     result = command("run", "ghcb", "--campaign", tmp_path / "c", *given)
     assert result.exit_code == 1, result.output
     assert "buffer.bounds" in result.output
+
+
+@pytest.mark.long
+def test_a_campaign_under_attack_loses_nothing(tmp_path):
+    campaign = endure(tmp_path / "c", seconds=120, every=8)
+    assert campaign.shown
+    assert campaign.killed >= 3
+
+
+def test_what_is_found_again_is_counted_at_the_next_report(store, runner):
+    worker = Worker(store, runner, 0)
+    finding = runner.run((BAD,)).findings[0]
+    other = finding._replace(rule="other")
+    for _ in range(3):
+        worker._keep((BAD,), (other,))
+    assert [stored.seen for stored in store.findings()] == [1, 1]
+    worker.report()
+    assert {stored.rule: stored.seen for stored in store.findings()} == {finding.rule: 1, "other": 3}
+
+
+def test_a_full_disk_is_said_and_what_was_written_stays(store):
+    before = store.inputs("ghcb")
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(CampaignError, match=r"campaign\.sqlite: database or disk is full; what was written before is"):
+        store.add_input("ghcb", bytes(1 << 20))
+    assert store.inputs("ghcb") == before
+    assert store.sound()
