@@ -44,16 +44,19 @@ from sevlab.plugins.xen.numbers import (
 )
 from sevlab.plugins.xen.records import (
     RECORDS,
+    Adapted,
     BackendEvent,
     ConsoleInput,
     ConsoleOutput,
     Hypercalled,
+    HypercallPage,
     HypercallStep,
     Upcall,
     XenstoreReply,
     XenstoreRequest,
 )
 from sevlab.plugins.xen.settings import OPTIONS, settings_of
+from sevlab.plugins.xen.sharing import SharedPage, after_firmware, shared_pages
 from sevlab.plugins.xen.startup import enter_long_mode, enter_protected_mode
 from sevlab.plugins.xen.state import CHANNEL, Domain, XenState, domain_of, xen
 from sevlab.plugins.xen.steps import Steps
@@ -75,6 +78,7 @@ __all__ = [
     "SURVIVAL",
     "TABLE",
     "Abi",
+    "Adapted",
     "BackendEvent",
     "Call",
     "ConsoleInput",
@@ -91,11 +95,13 @@ __all__ = [
     "HvStatus",
     "Hvmop",
     "HypercallEntry",
+    "HypercallPage",
     "HypercallStep",
     "Hypercalled",
     "Memop",
     "Nr",
     "Schedop",
+    "SharedPage",
     "Survival",
     "Upcall",
     "Vcpuop",
@@ -105,10 +111,12 @@ __all__ = [
     "XenstoreReply",
     "XenstoreRequest",
     "XsType",
+    "after_firmware",
     "domain_of",
     "enter_long_mode",
     "enter_protected_mode",
     "hypercall_page",
+    "shared_pages",
     "sparse_set",
     "survival",
     "xen",

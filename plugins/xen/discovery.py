@@ -17,9 +17,12 @@ from sevlab.core.events import Fault
 from sevlab.core.hypercall import CodeMode, code_mode
 from sevlab.core.svm import Vector
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
+from sevlab.plugins.xen import hyperv_msrs
+from sevlab.plugins.xen.adapted import is_encrypted
 from sevlab.plugins.xen.clock import MULTIPLIER, SHIFT
 from sevlab.plugins.xen.frames import page_of, store
 from sevlab.plugins.xen.numbers import STUBS, Nr
+from sevlab.plugins.xen.records import Adapted, HypercallPage
 from sevlab.plugins.xen.settings import XEN_MAJOR, XEN_MINOR, AltAbi, Settings
 from sevlab.plugins.xen.state import domain_of
 
@@ -37,15 +40,15 @@ HYPERV_SIGNATURE = (0x7263_694D, 0x666F_736F, 0x7648_2074)
 HYPERV_INTERFACE = 0x3123_7648
 """Hv#1."""
 HYPERV_MAX_LEAF = 6
-MSR_HYPERV_OS_ID, MSR_HYPERV_HYPERCALL = 0x4000_0000, 0x4000_0001
-HYPERV_PAGE_ENABLED = 1
-HYPERV_STUB = bytes.fromhex("0d00000080 0f01d9 c3")
-"""`or eax, 80000000h`, which tells Hyper-V's calls from Xen's, `vmmcall`, `ret`."""
 MSR_HYPERCALL_PAGE, MSR_HYPERCALL_PAGE_VIRIDIAN = 0x4000_0000, 0x4000_0200
 IOMMU_MAPPINGS, VCPU_ID, DOMID, UPCALL_VECTOR, ALT_ABI = 1 << 2, 1 << 3, 1 << 4, 1 << 6, 1 << 7
 HOST_TSC_SAFE, HAS_RDTSCP = 1 << 1, 1 << 2
-HYPERV_MSRS_AND_VP_INDEX, HYPERV_APIC_MSRS = 1 << 5 | 1 << 6, 1 << 4
-HYPERV_FREQUENCY = 1 << 11
+HYPERV_BUILD, HYPERV_VERSION = 0x1772, 6 << 16
+"""Those of Windows Server 2008, as Xen has chosen."""
+PRIVILEGES = sum(1 << bit for bit in (1, 4, 5, 6, 9, 11))
+"""Reference counter, APIC, hypercall, VP index, reference TSC, frequencies."""
+CPU_HOTPLUG, CRASH_MSRS = 1 << 3, 1 << 10
+NO_VP_LIMIT = 0xFFFF_FFFF
 RECOMMEND_TLB_FLUSH, RECOMMEND_APIC_MSRS, RELAX_TIMER = 1 << 2, 1 << 3, 1 << 5
 RECOMMEND_IPI, RECOMMEND_EX_MASKS = 1 << 10, 1 << 11
 SPINLOCK_RETRIES = 0x7FF
@@ -88,8 +91,7 @@ class Discovery:
         if self._settings.viridian:
             for leaf in range(HYPERV_MAX_LEAF + 1):
                 builder.cpuid.add(LEAVES + leaf, self.hyperv_leaf)
-            builder.guest_msrs.add(MSR_HYPERV_OS_ID, Msr(self.read_os_id, self.write_os_id))
-            builder.guest_msrs.add(MSR_HYPERV_HYPERCALL, Msr(self.read_hyperv_page, self.write_hyperv_page))
+            hyperv_msrs.register(builder)
         builder.guest_msrs.add(self.msr, Msr(lambda _m, _v, _n: 0, self.write_page))
 
     def xen_leaf(self, machine: Machine, vcpu: Vcpu | None, leaf: int, subleaf: int) -> Registers4:
@@ -122,7 +124,7 @@ class Discovery:
         return (TSC_HZ // 1000, 0, 0, 0) if subleaf == 2 else (0, 0, 0, 0)
 
     def hyperv_leaf(self, machine: Machine, vcpu: Vcpu | None, leaf: int, _subleaf: int) -> Registers4:
-        """A leaf of Hyper-V's, with the enlightenments for TLB flushes, IPIs and sparse sets."""
+        """A leaf of Hyper-V's: what libxl offers by default, reference TSC, TLB flushes, IPIs, sparse sets."""
         domain = None if vcpu is None else domain_of(machine, vcpu)
         if domain is None:
             return 0, 0, 0, 0
@@ -131,49 +133,18 @@ class Discovery:
             return LEAVES + HYPERV_MAX_LEAF, *HYPERV_SIGNATURE
         if index == 1:
             return HYPERV_INTERFACE, 0, 0, 0
+        if index == 2 and domain.hyperv_os_id:
+            return HYPERV_BUILD, HYPERV_VERSION, 0, 0
         if index == 3:
-            return HYPERV_MSRS_AND_VP_INDEX | HYPERV_APIC_MSRS | HYPERV_FREQUENCY, 0, 0, 0
+            return PRIVILEGES, 0, 0, CPU_HOTPLUG | CRASH_MSRS
         if index == 4 and domain.hyperv_os_id >> 40 & 0xFF >= 4:
             hints = RECOMMEND_TLB_FLUSH | RECOMMEND_APIC_MSRS | RELAX_TIMER | RECOMMEND_IPI | RECOMMEND_EX_MASKS
             return hints, SPINLOCK_RETRIES, 0, 0
+        if index == 5:
+            return NO_VP_LIMIT, 0, 0, 0
         if index == 6:
             return 1 << 1 | 1 << 3, 0, 0, 0
         return 0, 0, 0, 0
-
-    @staticmethod
-    def read_os_id(machine: Machine, vcpu: Vcpu | None, _number: int) -> int | Fault:
-        """HV_X64_MSR_GUEST_OS_ID."""
-        domain = None if vcpu is None else domain_of(machine, vcpu)
-        return GP if domain is None else domain.hyperv_os_id
-
-    @staticmethod
-    def write_os_id(machine: Machine, vcpu: Vcpu | None, _number: int, value: int) -> Fault | None:
-        """HV_X64_MSR_GUEST_OS_ID: the guest says what it is before it calls."""
-        domain = None if vcpu is None else domain_of(machine, vcpu)
-        if domain is None:
-            return GP
-        domain.hyperv_os_id = value
-        return None
-
-    @staticmethod
-    def read_hyperv_page(machine: Machine, vcpu: Vcpu | None, _number: int) -> int | Fault:
-        """HV_X64_MSR_HYPERCALL."""
-        domain = None if vcpu is None else domain_of(machine, vcpu)
-        return GP if domain is None else domain.hyperv_hypercall
-
-    @staticmethod
-    def write_hyperv_page(machine: Machine, vcpu: Vcpu | None, _number: int, value: int) -> Fault | None:
-        """HV_X64_MSR_HYPERCALL: with bit 0 the page at bits 63:12 is filled; one that cannot be written stays as it is,
-        and that is no fault. Source: Xen viridian.c (enable_hypercall_page).
-        """
-        domain = None if vcpu is None else domain_of(machine, vcpu)
-        if domain is None:
-            return GP
-        domain.hyperv_hypercall = value
-        spa = page_of(machine, domain, value >> PAGE_SHIFT) if value & HYPERV_PAGE_ENABLED else None
-        if spa is not None:
-            store(machine, spa, HYPERV_STUB.ljust(PAGE_BYTES, b"\xcc"))
-        return None
 
     def write_page(self, machine: Machine, vcpu: Vcpu | None, _number: int, value: int) -> Fault | None:
         """Fill the page at bits 63:12; bits 11:0 are its index, and there is one. Latches the layout of shared_info,
@@ -185,6 +156,11 @@ class Discovery:
         spa = page_of(machine, domain, value >> PAGE_SHIFT)
         if spa is None or not store(machine, spa, AMD_PAGE):
             return GP
+        gpa = value & -PAGE_BYTES
+        machine.emit(HypercallPage(vcpu.vcpu_id, gpa))
+        if self._settings.adapt and is_encrypted(vcpu):
+            machine.access.guest_physical_write(vcpu, gpa, AMD_PAGE, c_bit=True)
+            machine.emit(Adapted(vcpu.vcpu_id, "hypercall page", gpa))
         if not vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
             domain.narrow = code_mode(vcpu) is not CodeMode.BITS_64
         return None

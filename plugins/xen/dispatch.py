@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sevlab.core.hypercall import BITS_64, REAL, VM86, HypercallEnd, HypercallFrame
 from sevlab.core.units import MASK32, MASK64
 from sevlab.plugins.xen import hyperv
+from sevlab.plugins.xen.adapted import AdaptedCall
 from sevlab.plugins.xen.call import Abi, Call
 from sevlab.plugins.xen.linear import Walks
 from sevlab.plugins.xen.numbers import ABI_FLAG, HYPERV_FLAG, Errno
@@ -86,6 +87,7 @@ class Owner:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._call: type[Call] = AdaptedCall if settings.adapt else Call
         self._compiled: dict[tuple[int, bool], Compiled] = {}
         self._walks = Walks()
 
@@ -122,7 +124,7 @@ class Owner:
         me = vcpus[vcpu.vcpu_id - vcpus[0].vcpu_id]
         left, debug = settings.preempt_after, settings.debug_build
         args = values_of(registers)
-        call = Call(machine, vcpu, domain, me, frame, abi, narrow, left, debug, self._walks, number, args)
+        call = self._call(machine, vcpu, domain, me, frame, abi, narrow, left, debug, self._walks, number, args)
         result = run(call)
         if call.continuation is not None:
             resume(call, ARGUMENTS_32 if narrow else ARGUMENTS_64, flag)

@@ -14,13 +14,27 @@ from sevlab.core.events import Data, MemoryRead, MemoryWrite, Party, Space
 from sevlab.core.units import MASK32, PAGE_BYTES, PAGE_SHIFT
 from sevlab.plugins.xen.arguments import AddToPhysmap, GrantCopy, Shape
 from sevlab.plugins.xen.call import Abi
+from sevlab.plugins.xen.discovery import ALT_ABI, LEAVES, SIGNATURE, VIRIDIAN_SHIFT
 from sevlab.plugins.xen.hypercalls import event_channel, grant_table, hvm, memory, sched, vcpu, version
 from sevlab.plugins.xen.layout import GrantEntryV1, SharedInfo, XenconsInterface
-from sevlab.plugins.xen.numbers import ABI_FLAG, Domid, Evtchnop, Gnttabop, Gtf, Hvmop, MapSpace, Memop, Nr, Param
+from sevlab.plugins.xen.numbers import (
+    ABI_FLAG,
+    Domid,
+    Evtchnop,
+    Gnttabop,
+    Gtf,
+    Hvmop,
+    MapSpace,
+    Memop,
+    Nr,
+    Param,
+    Version,
+)
 from sevlab.plugins.xen.operations import FAST_REGISTERS, Operation, signed
 from sevlab.plugins.xen.records import HypercallStep
 
 if TYPE_CHECKING:
+    from sevlab.core.cpu import Vcpu
     from sevlab.core.layout import Layout
     from sevlab.core.machine import Machine
 
@@ -40,6 +54,9 @@ FAST_TABLES: Tables = {
     Nr.SCHED_OP: sched.FAST_OPERATIONS,
     Nr.VCPU_OP: vcpu.FAST_OPERATIONS,
 }
+
+LEAF_BASES = (LEAVES, LEAVES + VIRIDIAN_SHIFT)
+"""Where Xen's leaves begin: Linux looks every 100h up to 40010000h."""
 
 Transport = Callable[[int, Mapping[str, int]], Mapping[str, int]]
 """Executes VMMCALL with RAX and these registers; returns the registers afterwards."""
@@ -152,6 +169,20 @@ class XenGuest:
         chunks = [data[start : start + layout.SIZE] for start in range(0, len(data), layout.SIZE)]
         after: list[Any] = [layout.from_bytes(chunk) for chunk in chunks]
         return result, [signed(item.status, 16) for item in after]
+
+    def offered_abi(self) -> Abi:
+        """Which ABI the host has beside the legacy one. CPUID has one bit for both; a call without memory tells them
+        apart: the page size is a number in the physical-address ABI, and not among FastABI's calls.
+        """
+        base = next((leaf for leaf in LEAF_BASES if self.machine.cpuid(self._vcpu, leaf, 0)[1:] == SIGNATURE), None)
+        if base is None or not self.machine.cpuid(self._vcpu, base + 4, 0)[0] & ALT_ABI:
+            return Abi.LEGACY
+        result = self._transport(Nr.XEN_VERSION | ABI_FLAG, {"rdi": Version.PAGESIZE, "rsi": 0})["rax"]
+        return Abi.PHYSICAL if result == PAGE_BYTES else Abi.FAST
+
+    @property
+    def _vcpu(self) -> Vcpu:
+        return self.machine.vcpus[self.vcpu_id]
 
     # What a kernel does -----------------------------------------------------------------------------------------------
 

@@ -35,6 +35,25 @@ class Hypercalled(NamedTuple):
     preempted: Checked[bool]
 
 
+@outcome("xen.hypercall-page", Boundary.HYPERCALL)
+class HypercallPage(NamedTuple):
+    """Xen filled a page of the guest's with its stubs."""
+
+    vcpu: Derived[int]
+    gpa: Checked[int]
+
+
+@outcome("xen.adapted", Boundary.HYPERCALL)
+class Adapted(NamedTuple):
+    """With the option `adapt`: what Xen could not have done for this encrypted guest was done through the guest's own
+    eyes, as if its kernel had been adapted; `what` is `buffer` (at a linear address) or `hypercall page` (at a GPA).
+    """
+
+    vcpu: Derived[int]
+    what: Checked[str]
+    address: Checked[int]
+
+
 @outcome("xen.upcall", Boundary.HYPERCALL)
 class Upcall(NamedTuple):
     """An event became visible to a vCPU: its upcall flag went from 0 to 1."""
@@ -97,6 +116,8 @@ class BackendEvent(NamedTuple):
 RECORDS = (
     HypercallStep,
     Hypercalled,
+    HypercallPage,
+    Adapted,
     Upcall,
     Traced,
     ConsoleInput,

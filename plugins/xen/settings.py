@@ -56,6 +56,11 @@ OPTIONS = (
         high=1 << 20,
     ),
     Option(
+        name="adapt",
+        default=False,
+        doc="treat an encrypted guest as if its kernel had been adapted: buffers, hypercall page; each time is told",
+    ),
+    Option(
         name="debug_build",
         default=False,
         doc="poison argument registers and used multicall entries; console_io for everybody",
@@ -73,6 +78,7 @@ class Settings:
     start: Start = Start.RESET
     preempt_after: int = 64
     debug_build: bool = False
+    adapt: bool = False
 
 
 def settings_of(options: Mapping[str, Scalar]) -> Settings:
@@ -84,4 +90,5 @@ def settings_of(options: Mapping[str, Scalar]) -> Settings:
         start=Start(options["start"]),
         preempt_after=int(options["preempt_after"]),
         debug_build=bool(options["debug_build"]),
+        adapt=bool(options["adapt"]),
     )

@@ -162,6 +162,8 @@ class XenVcpu(Stateful):
     run_state: RunState = RunState.OFFLINE
     virqs: StateDict[int, int] = new(StateDict)
     """Port by VIRQ."""
+    hyperv_assist: int = 0
+    hyperv_crash: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
     control_spa: int = 0
     tails: StateDict[int, int] = new(StateDict)
     """Last port of the FIFO queue, by priority."""
@@ -217,6 +219,7 @@ class Domain(Stateful):
     assists: int = 0
     hyperv_os_id: int = 0
     hyperv_hypercall: int = 0
+    hyperv_reference_tsc: int = 0
 
 
 class XenState(Stateful):

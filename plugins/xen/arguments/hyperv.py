@@ -22,6 +22,14 @@ class HvFlushEx(Layout, size=32):
     valid_bank_mask = u64(24)
 
 
+class HvReferenceTsc(Layout, size=24):
+    """The head of the page of the reference TSC: 100-ns units = tsc * scale >> 64, plus offset."""
+
+    tsc_sequence = u32(0, doc="0: not to be used")
+    tsc_scale = u64(8)
+    tsc_offset = u64(16, doc="signed")
+
+
 class HvSendIpi(Layout, size=16):
     """HvSendSyntheticClusterIpi."""
 
@@ -53,4 +61,5 @@ LAYOUTS: tuple[type[Layout], ...] = (
     HvSendIpi,
     HvSendIpiEx,
     BankContents,
+    HvReferenceTsc,
 )

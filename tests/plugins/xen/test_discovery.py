@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from sevlab.core.events import CpuExit, Injected
 from sevlab.core.svm import EventType, ExitCode, Vector, event
-from sevlab.plugins.xen import XenGuest, hypercall_page, xen
+from sevlab.plugins.xen import Abi, XenGuest, hypercall_page, xen
 
-from tests.plugins.xen.world import BOUNCE, machine_of, registers_of
+from tests.plugins.xen.world import BOUNCE, guest_of, machine_of, registers_of
 
 
 def cpuid(machine, leaf, subleaf=0, vcpu=0):
@@ -58,6 +58,14 @@ def test_the_time_leaf_says_the_frequency():
 @pytest.mark.parametrize(("abi", "bit"), [("none", 0), ("physical", 1 << 7), ("fast", 1 << 7)])
 def test_bit_7_of_leaf_4_says_that_there_is_another_abi(abi, bit):
     assert cpuid(machine_of(abi=abi), 0x4000_0004)[0] & 1 << 7 == bit
+
+
+@pytest.mark.parametrize("viridian", [False, True])
+@pytest.mark.parametrize(("abi", "found"), [("none", "legacy"), ("physical", "physical"), ("fast", "fast")])
+def test_a_call_without_memory_tells_which_abi_bit_7_means(abi, found, viridian):
+    machine = machine_of(abi=abi, viridian=viridian)
+    guest = guest_of(machine, abi=Abi(found))
+    assert guest.offered_abi() is Abi(found)
 
 
 def wrmsr(machine, msr, value, vcpu=0):
