@@ -18,13 +18,25 @@ from sevlab.plugins.engines.execution import Ended, Execution
 from sevlab.plugins.engines.launch import Booted, Feature, Paging, boot, compose
 from sevlab.plugins.engines.loaders.image import GuestImage
 from sevlab.plugins.engines.records import Idle, idle
+from sevlab.plugins.engines.symbols import Symbols, read_symbols
 
 if TYPE_CHECKING:
     from sevlab.core.builder import PluginBuilder
 
 REQUIRES: tuple[str, ...] = ("sme", "sev", "sev_es", "io")
 
-__all__ = ["Booted", "Ended", "Execution", "Feature", "GuestImage", "Paging", "boot", "compose"]
+__all__ = [
+    "Booted",
+    "Ended",
+    "Execution",
+    "Feature",
+    "GuestImage",
+    "Paging",
+    "Symbols",
+    "boot",
+    "compose",
+    "read_symbols",
+]
 
 
 @hookimpl

@@ -41,6 +41,8 @@ LONGEST_SLICE, SHORTEST_SLICE, WINDOW_SLICE = 1 << 20, 256, 256
 TIMERS = frozenset((ExitCode.IOIO, ExitCode.MSR, ExitCode.VMMCALL, ExitCode.NPF, ExitCode.HLT))
 """Reports behind which a timer may be another, or an interrupt may wait: VMMCALL is VMGEXIT as well."""
 LAST_EXITS = 32
+WANTED = ("ACPI", "debug exit", "reset", "SCHEDOP_shutdown: poweroff")
+"""How a stop begins that the guest meant."""
 V_IRQ = 1 << 8
 MMIO = int(NpfError.RSVD)
 FETCH = AccessKind.FETCH
@@ -119,7 +121,7 @@ class Execution:
     def _check_stopped(self) -> None:
         if self.vcpu.stopped and self.ended is None:
             reason = self.machine.vm_of(self.vcpu).stopped
-            self.ended = Ended(reason, clean=reason.startswith(("ACPI", "debug exit", "reset")))
+            self.ended = Ended(reason, clean=reason.startswith(WANTED))
 
     def now(self) -> int:
         """The TSC at this instruction."""

@@ -16,8 +16,9 @@ from sevlab.plugins.engines.mmu import Arena, Mmu
 from sevlab.plugins.engines.unicorn_engine import NestedPaging, UnicornCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from sevlab.core.config import Scalar
     from sevlab.core.hypervisor import Vm
     from sevlab.plugins.engines.loaders.image import GuestImage
 
@@ -72,14 +73,25 @@ def generation(paging: Paging) -> str:
     return "narrow" if paging is Paging.NESTED else "milan"
 
 
-def compose(*, memory_bytes: int, cpus: int = 1, seed: bytes = b"\0", paging: Paging = Paging.OWN) -> Machine:
-    """The machine that a guest runs on; with an engine's own paging its C-bit is 39."""
+def compose(
+    *,
+    memory_bytes: int,
+    cpus: int = 1,
+    seed: bytes = b"\0",
+    paging: Paging = Paging.OWN,
+    plugins: tuple[str, ...] = (),
+    options: Mapping[str, Mapping[str, Scalar]] | None = None,
+) -> Machine:
+    """The machine that a guest runs on; with an engine's own paging its C-bit is 39. `plugins` more than it needs, and
+    options of plugins.
+    """
     config = MachineConfig(
         generation=generation(paging),
         seed=seed,
         memory_bytes=memory_bytes + HOST_BYTES,
-        plugins=PLUGINS,
+        plugins=(*PLUGINS, *plugins),
         guests=(GuestConfig(name="guest", vcpus=cpus, memory_bytes=memory_bytes),),
+        options=options or {},
     )
     return Machine(config)
 

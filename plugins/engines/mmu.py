@@ -25,6 +25,8 @@ from sevlab.core.svm import NpfError
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sevlab.core.cpu import CpuEngine, Vcpu
     from sevlab.core.crypto import MemoryKey
     from sevlab.core.machine import Machine
@@ -83,6 +85,9 @@ class Mmu:
         self.fills = self.switches = self.flushes = 0
         self.fault: Fault | None = None
         """Why the last `fill` was refused."""
+        self.private: Callable[[int], bool] | None = None
+        """Asked for each page that the guest reaches privately, by its gpa: whether it is private, or only mapped
+        so by a kernel that is to be watched (`plugins.xen_guest`)."""
         machine.memory.recalled = self._recalled
         machine.access.walker = self
 
@@ -97,6 +102,8 @@ class Mmu:
         if found is None:
             return None
         gpa, private, _ = found
+        if private and self.private is not None:
+            private = self.private(gpa)
         try:
             page = self._place(gpa >> PAGE_SHIFT, kind & WRITE, PRIVATE if private else 0)
         except FaultUnwind:
@@ -126,6 +133,8 @@ class Mmu:
                 self._access.guest_linear(self._vcpu, gva, kind | user)  # raises, or sets accessed and dirty bits
                 found = self._walk(gva, kind | user) or self._exact(gva, kind | user)
             gpa, private, rights = found
+            if private and self.private is not None:
+                private = self.private(gpa)
             if not (private or not self._c_bit) and kind == FETCH:
                 private, rights = True, X
             return self._lend(gva, gpa, kind, private, rights)

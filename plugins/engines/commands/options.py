@@ -53,11 +53,11 @@ class GuestChoice(NamedTuple):
     direct: bool
     paging: Paging
 
-    def image(self, c_bit_mask: int) -> GuestImage:
-        """The guest, loaded. Raises `ConfigError` or `FormatError`."""
+    def image(self, c_bit_mask: int, *, reserved_bytes: int = 0) -> GuestImage:
+        """The guest, loaded below the last `reserved_bytes` of memory. Raises `ConfigError` or `FormatError`."""
         return load_guest(
             self.kernel,
-            memory_bytes=self.memory_bytes,
+            memory_bytes=self.memory_bytes - reserved_bytes,
             initrd=self.initrd,
             append=self.append,
             encrypted=self.feature.encrypted,

@@ -14,28 +14,42 @@ from sevlab.core.cliapi import resolve
 from sevlab.core.determinism import TSC_HZ
 from sevlab.core.errors import ConfigError
 from sevlab.core.svm import ExitCode, exit_name
+from sevlab.core.units import PAGE_BYTES
 from sevlab.plugins import io
-from sevlab.plugins.engines.commands.options import choice, guest_options
-from sevlab.plugins.engines.launch import Booted, Feature, boot, c_bit_mask, compose
+from sevlab.plugins.engines.commands.options import FILE, GuestChoice, choice, guest_options
+from sevlab.plugins.engines.kallsyms import kernel_symbols
+from sevlab.plugins.engines.launch import Booted, Feature, Paging, boot, c_bit_mask, compose
+from sevlab.plugins.engines.loaders.load import kernel_image
 from sevlab.plugins.engines.report import crash_report
+from sevlab.plugins.engines.symbols import Symbols, read_symbols
 
 if TYPE_CHECKING:
     from sevlab.plugins.engines.execution import Execution
 
 RECORDER = "sevlab.traces.record:Recorder"
 """Named, not imported: recordings are the other half of the house."""
+XEN_GUEST = "sevlab.plugins.xen_guest.watch:XenGuestWatch"
+"""Likewise: this plugin does not need Xen's."""
+XEN_PAGES = 4
+"""The last pages of a Xen guest's memory, which are not its own to use: xenstore, console, and two spare ones."""
 
 
 @click.command(name="run")
 @guest_options
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Record the run as a trace.")
 @click.option("--seed", default="0", show_default=True, help="Of keys and of the guest's RDRAND.")
+@click.option("--xen", is_flag=True, help="As an HVM guest of Xen: what it asks of Xen, and where.")
+@click.option("--adapt", is_flag=True, help="With --xen, encrypted: do what the kernel lacks, say it, and go on.")
+@click.option("--symbols", type=FILE, help="With --xen: its System.map; else its own kallsyms.")
 @click.option("--max-instructions", type=click.IntRange(min=1), help="End the run after about so many.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON; the console goes to standard error.")
 def run(
     *,
     record: Path | None,
     seed: str,
+    xen: bool,
+    adapt: bool,
+    symbols: Path | None,
     max_instructions: int | None,
     as_json: bool,
     **options: Any,
@@ -46,8 +60,18 @@ def run(
         raise ConfigError(
             "--record: only of --feature sev-es; of others the hypervisor reads memory that no step holds"
         )
-    machine = compose(memory_bytes=chosen.memory_bytes, seed=seed.encode(), paging=chosen.paging)
-    image = chosen.image(c_bit_mask(machine, chosen.feature))
+    if xen:
+        _check_xen(chosen, adapt=adapt, recorded=record is not None)
+    elif adapt or symbols:
+        raise ConfigError("--adapt and --symbols: only with --xen")
+    machine = compose(
+        memory_bytes=chosen.memory_bytes,
+        seed=seed.encode(),
+        paging=chosen.paging,
+        plugins=("xen", "xen_guest") if xen else (),
+        options={"xen": {"adapt": adapt}} if xen else {},
+    )
+    image = chosen.image(c_bit_mask(machine, chosen.feature), reserved_bytes=XEN_PAGES * PAGE_BYTES if xen else 0)
     recorder: Any = None
 
     def start_recording() -> None:
@@ -58,19 +82,41 @@ def run(
     try:
         begin = None if record is None else start_recording
         booted = boot(machine, image, chosen.feature, paging=chosen.paging, before_start=begin)
+        watch = None
+        if xen:
+            watch = resolve(XEN_GUEST)(booted, adapt=adapt, symbols=_symbols(chosen.kernel, symbols))
         summary = _execute(booted, console_to_stderr=as_json, limit=max_instructions)
     finally:
         if recorder is not None:
             recorder.close()
     summary |= {"recorded": str(record) if record is not None else None}
+    if watch is not None:
+        summary["xen"] = watch.summary()
     if as_json:
         echo_json(summary)
     else:
         _print_summary(summary)
+        if watch is not None:
+            click.echo("\n".join(watch.lines()))
     ended = booted.execution.ended
     if ended is not None and not ended.clean:
         click.echo(crash_report(booted.execution), err=True)
         sys.exit(1)
+
+
+def _check_xen(chosen: GuestChoice, *, adapt: bool, recorded: bool) -> None:
+    """What goes with --xen."""
+    if recorded:
+        raise ConfigError("--record: not with --xen, whose hypercalls read memory that no step holds")
+    if adapt and not chosen.feature.encrypted:
+        raise ConfigError("--adapt: only of an encrypted guest; to a plain one nothing is missing")
+    if chosen.feature.encrypted and chosen.paging is not Paging.OWN:
+        raise ConfigError("--xen: of an encrypted guest only with --engine-paging own, which sees how pages are mapped")
+
+
+def _symbols(kernel: Path, system_map: Path | None) -> Symbols:
+    """The kernel's names, from the file that was given or from the kernel."""
+    return read_symbols(system_map) if system_map is not None else kernel_symbols(kernel_image(kernel))
 
 
 def _execute(booted: Booted, *, console_to_stderr: bool, limit: int | None) -> dict[str, Any]:

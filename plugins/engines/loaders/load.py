@@ -74,6 +74,16 @@ def load_guest(
     return image
 
 
+def kernel_image(kernel: Path) -> bytes:
+    """The uncompressed image in a file. Raises `ConfigError` or `FormatError`."""
+    data = read_file(kernel)
+    return (
+        linux.decompress(linux.parse_bzimage(data, str(kernel)).payload, str(kernel))
+        if linux.is_bzimage(data)
+        else data
+    )
+
+
 def plain_header() -> BootParams:
     """The setup header for a kernel that comes without one."""
     return BootParams.from_bytes(bytes(PAGE_BYTES)).replace(
