@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sevlab.core.cliapi import Capability, DemoChapter
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.io import exits, msrs, steps, system_msrs
+from sevlab.plugins.io import exits, interrupts, msrs, steps, system_msrs
 from sevlab.plugins.io.bus import mmio_read, mmio_write, port_in, port_out, port_out_string
 from sevlab.plugins.io.coverage import MATRIX, Form, form_of, refusal
 from sevlab.plugins.io.decode import Insn, Undecodable, decode, effective_address
@@ -88,7 +88,10 @@ __all__ = [
 
 @hookimpl
 def sevlab_register(builder: PluginBuilder) -> None:
+    state = board.IoState()
+    builder.component(state)
     exits.register(builder)
+    interrupts.register(builder, state.vms)
     msrs.register(builder)
     system_msrs.register(builder)
     steps.register(builder)

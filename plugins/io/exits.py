@@ -345,8 +345,6 @@ def register(builder: PluginBuilder) -> None:
     for code, handler in EXITS.items():
         builder.exits.add(code, handler)
     builder.at_boot(set_intercepts)
-    builder.at_entry(interrupts.prepare_entry)
-    builder.slot("nmi_complete", interrupts.nmi_complete)
 
 
 def set_intercepts(machine: Machine) -> None:

@@ -11,6 +11,9 @@ from sevlab.plugins.io.devices.lapic import LVT_MASK
 from sevlab.plugins.io.injection import reinjection
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sevlab.core.builder import PluginBuilder
     from sevlab.core.cpu import Vcpu
     from sevlab.core.events import CpuExit
     from sevlab.core.machine import Machine
@@ -59,37 +62,42 @@ def controllers_ask(board: Devices, vcpu: Vcpu) -> bool:
     return board.lapics[vcpu.vcpu_id].pending() is not None or (board.pics.pending() and pic_reaches(board, vcpu))
 
 
-def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
-    """Before VMRUN: put back an interrupted event, else inject an NMI or the highest interrupt, or open a window."""
-    vmcb = vcpu.vmcb
-    board = devices(machine, vcpu)
-    board.tick(machine)
-    if vmcb.event_inj & EVENT_VALID:
-        return
-    if vmcb.exit_int_info:
-        vmcb.event_inj = reinjection(vmcb.exit_int_info)
-        vmcb.exit_int_info = 0
-        if vmcb.event_inj:
+def make_prepare_entry(boards: Mapping[int, Devices]) -> Callable[[Machine, Vcpu], None]:
+    """What is done before each VMRUN; `boards` are the machine's, by VM."""
+
+    def prepare_entry(machine: Machine, vcpu: Vcpu) -> None:
+        """Put back an interrupted event, else inject an NMI or the highest interrupt, or open a window."""
+        vmcb = vcpu.vmcb
+        board = boards.get(vcpu.vm_id) or devices(machine, vcpu)
+        board.tick(machine)
+        if vmcb.event_inj & EVENT_VALID:
             return
-    apic = board.lapics[vcpu.vcpu_id]
-    if apic.nmi_pending and _inject_nmi(vcpu, apic):
-        return
-    direct = machine.slots.direct_interrupt
-    vector = None if direct is None else direct(machine, vcpu)
-    pic = board.pics.master
-    asked = apic.irr or pic.irr & ~pic.imr  # nobody asks: what nearly every entry finds
-    if vector is None and not (asked and controllers_ask(board, vcpu)):
-        if vmcb.vintr & V_IRQ:
+        if vmcb.exit_int_info:
+            vmcb.event_inj = reinjection(vmcb.exit_int_info)
+            vmcb.exit_int_info = 0
+            if vmcb.event_inj:
+                return
+        apic = board.lapics[vcpu.vcpu_id]
+        if apic.nmi_pending and _inject_nmi(vcpu, apic):
+            return
+        direct = machine.slots.direct_interrupt
+        vector = None if direct is None else direct(machine, vcpu)
+        pic = board.pics.master
+        asked = apic.irr or pic.irr & ~pic.imr  # nobody asks: what nearly every entry finds
+        if vector is None and not (asked and controllers_ask(board, vcpu)):
+            if vmcb.vintr & V_IRQ:
+                close_window(vcpu)
+        elif can_take(vcpu):
             close_window(vcpu)
-    elif can_take(vcpu):
-        close_window(vcpu)
-        if vector is None:
-            vector = apic.acknowledge()
-        if vector is None:
-            vector = board.pics.acknowledge()
-        vmcb.event_inj = event(vector, EventType.INTERRUPT)
-    else:
-        open_window(vcpu)
+            if vector is None:
+                vector = apic.acknowledge()
+            if vector is None:
+                vector = board.pics.acknowledge()
+            vmcb.event_inj = event(vector, EventType.INTERRUPT)
+        else:
+            open_window(vcpu)
+
+    return prepare_entry
 
 
 # NMI --------------------------------------------------------------------------------------------------------------
@@ -151,3 +159,9 @@ def wake(machine: Machine, vcpu: Vcpu) -> bool:
         if not apic.waits_for_startup and (nmi or (interrupts_enabled(vcpu) and pending(machine, board, vcpu))):
             vcpu.halted = False
     return not vcpu.halted
+
+
+def register(builder: PluginBuilder, boards: Mapping[int, Devices]) -> None:
+    """Look at the controllers before each entry, and at the end of an encrypted guest's NMI handler."""
+    builder.at_entry(make_prepare_entry(boards))
+    builder.slot("nmi_complete", nmi_complete)

@@ -215,7 +215,8 @@ def sevlab_options() -> tuple[Option, ...]:
 
 @hookimpl
 def sevlab_register(builder: PluginBuilder) -> None:
-    builder.component(SevEsState())
+    state = SevEsState()
+    builder.component(state)
     events = REGISTER_EVENTS | IO_EVENTS
     if builder.options["checks"] == "kvm-6.12":
         events |= KVM_6_12
@@ -228,7 +229,7 @@ def sevlab_register(builder: PluginBuilder) -> None:
         builder.vc_handlers.add(code, handler)
     guest = guest_driver.register(builder)
     runs = builder.options["guest"] != "none"
-    hardware.register(builder, guest.handle_vc if runs else None)
+    hardware.register(builder, state, guest.handle_vc if runs else None)
     startup.register(builder, guest.woken if runs else None)
 
 

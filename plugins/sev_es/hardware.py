@@ -96,15 +96,15 @@ def make_vmrun_exit(handle_vc: HandleVc | None) -> Callable[[Machine, Vcpu, CpuE
 # Entering the guest -----------------------------------------------------------------------------------------------
 
 
-def make_vmrun_enter(before: VmrunEnter) -> VmrunEnter:
+def make_vmrun_enter(before: VmrunEnter, state: SevEsState) -> VmrunEnter:
     """The slot `vmrun_enter` behind the checks of SEV: load the encrypted state."""
+    loaded = state.loaded
 
     def vmrun_enter(machine: Machine, vcpu: Vcpu) -> int | None:
         vmcb = vcpu.vmcb
-        state: SevEsState = machine.components["sev_es"]  # type: ignore[assignment]  # the fast path, at every entry
         if (
             vmcb.encryption_control & ALL_ON == ALL_ON
-            and state.loaded.get(vcpu.vcpu_id) == (vmcb.vmsa_pa, vmcb.guest_asid)
+            and loaded.get(vcpu.vcpu_id) == (vmcb.vmsa_pa, vmcb.guest_asid)
             and machine.memory.deferred(vmcb.vmsa_pa)
         ):
             return None  # as at the last entry, and nobody has looked at the page since
@@ -238,11 +238,11 @@ def make_sev_status(before: Msr) -> Msr:
     return Msr(read, before.write)
 
 
-def register(builder: PluginBuilder, handle_vc: HandleVc | None) -> None:
+def register(builder: PluginBuilder, state: SevEsState, handle_vc: HandleVc | None) -> None:
     """Take the processor's slots and the step."""
     builder.cpuid_bits(CPUID_ENCRYPTION, eax=CPUID_SEV_ES)
     builder.guest_msrs.replace(MSR_SEV_STATUS, make_sev_status)
     builder.slot("vmrun_exit", make_vmrun_exit(handle_vc))
-    builder.replace_slot("vmrun_enter", make_vmrun_enter)
+    builder.replace_slot("vmrun_enter", lambda before: make_vmrun_enter(before, state))
     builder.slot("inject_filter", inject_filter)
     builder.steps.add(Vmgexit, vmgexit_step)

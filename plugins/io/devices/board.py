@@ -125,7 +125,6 @@ def make_boards(machine: Machine) -> None:
 
 def register(builder: PluginBuilder) -> None:
     """Register ports and windows."""
-    builder.component(IoState())
     builder.at_boot(make_boards)
     serial = Port(_read_uart, _write_uart, 1, _write_uart_string)
     for port in range(uart.COM1_PORT, uart.COM1_PORT + 8):
