@@ -103,11 +103,14 @@ class Replay:
                 kind = type(record)
                 comparator = CHECKS.get(kind)
                 if comparator is not None:
+                    begun = compared
                     for check, was, now in comparator(x, record):
                         compared += 1
                         before[exit_class, check] += 1
                         if was != now:
                             self._differs(exit_class, check, was, now, entry, outcome)
+                    if kind is XenEvent and compared == begun:
+                        self._account(exit_class, record)
                 elif kind not in HOST_BUSINESS and kind is not Entered:
                     tally.unchecked[exit_class, kind.SPEC.kind] += 1  # type: ignore[attr-defined]  # a record
                 for check, was, now in lines_set(x.context, record):
@@ -115,6 +118,13 @@ class Replay:
             if not compared:
                 tally.bare[exit_class] += 1
         remember(x)
+
+    def _account(self, exit_class: str, record: Any) -> None:
+        """A record of Xen's of which nothing was compared."""
+        how, name = xen_checks.account(self._x, record)
+        if how:
+            counter = self.tally.inputs if how == "input" else self.tally.unchecked
+            counter[exit_class, name] += 1
 
     def _compare(self, exit_class: str, check: str, was: Any, now: Any, entry: Entry, outcome: Any) -> None:
         self.tally.checked[exit_class, check] += 1

@@ -3,7 +3,8 @@
 Xen's log shows data, not how the guest asked for it: CPUID answers and MSRs seen before, and reads of devices that
 follow from earlier writes, are computed; ports, sizes and addresses would only be read back. Of a hypercall it has the
 number: that the ABI of the caller's mode leads there, and that Xen has such a call, is checked; operation, arguments
-and result are not in the log.
+and result are not in the log. What is neither compared nor an input is counted as unchecked, by event: vectors of
+injected interrupts, since the log has no lines and no requests, and reads of a width that is not in the log.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from sevlab.traces.importers import xentrace as xt
 from sevlab.traces.importers.log_records import XenEvent
 from sevlab.traces.replay.kvm_checks import NOTHING, Comparison, Exchange
 
-SERIAL_AND_PIC = frozenset((*range(0x3F8, 0x400), 0x21, 0xA1))
-"""Ports whose accesses are one byte wide: the log does not say the width."""
+GUESTS_OWN = frozenset((xt.IOPORT_WRITE, *xt.IOMEM_WRITES, xt.MSR_WRITE, xt.CR_WRITE, xt.DR_WRITE, xt.NPF))
+"""Events that tell what the guest did, of which the step was made: values and addresses."""
+HOST_BUSINESS = frozenset(
+    (xt.VMENTRY, xt.NESTED_VMENTRY, xt.INTR, xt.INTR_WINDOW, xt.LOST_RECORDS, *xt.EMULATED_TIMERS)
+)
+"""Events of Xen's own: interrupts of the host, windows, its models of timers and of the PIC."""
+ONE_BYTE_PORTS = frozenset((*range(0x3F8, 0x400), 0x21, 0xA1, 0x70, 0x71))
+"""Serial port, PIC, CMOS: their accesses are one byte wide. The log does not say the width, and
+of a port that nobody has it shows 32 ones."""
 
 
 def event(x: Exchange, record: XenEvent) -> Iterator[Comparison]:
@@ -43,5 +51,14 @@ def event(x: Exchange, record: XenEvent) -> Iterator[Comparison]:
         yield "injected exception", words[0], NOTHING if injected is None else injected.event & 0xFF
     elif number in (xt.IOPORT_READ, xt.IOPORT_WRITE) and x.step.exit_code == ExitCode.IOIO and len(words) > 1:
         port = x.first("io.port")
-        if number == xt.IOPORT_READ and words[0] in SERIAL_AND_PIC and "value" not in x.supplied:
-            yield "device value", words[1], NOTHING if port is None else port.value
+        if number == xt.IOPORT_READ and words[0] in ONE_BYTE_PORTS and "value" not in x.supplied:
+            yield "device value", words[1] & 0xFF, NOTHING if port is None else port.value
+
+
+def account(x: Exchange, record: XenEvent) -> tuple[str, str]:
+    """What a record is of which nothing was compared: ("input" or "unchecked", its name), or nothing ("", "")."""
+    number = record.event
+    if number in HOST_BUSINESS or x.supplied:
+        return "", ""
+    name = xt.NAMES.get(number, f"{number:#x}")
+    return ("input" if number in GUESTS_OWN else "unchecked"), name
