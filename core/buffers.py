@@ -48,11 +48,18 @@ def _overrun(what: str, offset: int, length: int, size: int) -> InvariantViolati
     )
 
 
+def _unwritten(offset: int, length: int) -> InvariantViolation:
+    return InvariantViolation(
+        "buffer.poison", f"read of {length} bytes at offset {offset:#x}, of which some were never written"
+    )
+
+
 class CheckedBuffer:
     """A handler's own buffer of `size` bytes; it starts as poison.
 
-    Leaving the bounds raises `InvariantViolation` ("buffer.bounds"): a handler tests its lengths first, so a raise is
-    our bug or an oracle's finding.
+    Leaving the bounds raises `InvariantViolation` ("buffer.bounds"), and so does reading what was never written
+    ("buffer.poison"): a handler tests its lengths and fills what it gives out, so a raise is our bug or an oracle's
+    finding. Source of the second rule: XSA-121, CVE-2021-26404 (stale bytes that leave their owner).
     """
 
     __slots__ = ("_data", "_tags", "size")
@@ -72,15 +79,19 @@ class CheckedBuffer:
         return buffer
 
     def read(self, offset: int, length_bytes: int) -> bytes:
-        """The bytes, poison included; ask `poisoned` first where that matters."""
+        """The bytes; all of them must have been written, see `poisoned`."""
         if offset < 0 or length_bytes < 0 or offset + length_bytes > self.size:
             raise _overrun("read", offset, length_bytes, self.size)
+        if TAG_POISON in self._tags[offset : offset + length_bytes]:
+            raise _unwritten(offset, length_bytes)
         return bytes(self._data[offset : offset + length_bytes])
 
     def read_uint(self, offset: int, width_bytes: int) -> int:
         """A little-endian number of 1, 2, 4 or 8 bytes."""
         if offset < 0 or offset + width_bytes > self.size:
             raise _overrun("read", offset, width_bytes, self.size)
+        if TAG_POISON in self._tags[offset : offset + width_bytes]:
+            raise _unwritten(offset, width_bytes)
         return UINT[width_bytes].unpack_from(self._data, offset)[0]  # type: ignore[no-any-return]
 
     def write(self, offset: int, data: bytes, tag: int = TAG_POISON + 1) -> None:
@@ -114,7 +125,7 @@ class CheckedBuffer:
         self._tags[offset:end] = memory.tags(spa, length_bytes)
 
     def store(self, offset: int, memory: Memory, spa: int, length_bytes: int, key: MemoryKey | None) -> None:
-        """Copy to memory with the owner tags: poison and foreign secrets arrive as such, where oracles see them."""
+        """Copy to memory with the owner tags: foreign secrets arrive as such, where oracles see them."""
         memory.write_tagged(spa, self.read(offset, length_bytes), key, self.tags(offset, length_bytes))
 
 

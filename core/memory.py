@@ -481,13 +481,13 @@ class Memory:
             old = kept.get(key_id)
             same = old is not None and (old.xts_key, old.label) == (xts_key, label)
             self._keys[key_id] = old if old is not None and same else MemoryKey(key_id, xts_key, label)
-        wanted = dict(image.pages)
-        for pfn in [pfn for pfn in self.pages if pfn not in wanted]:
+        for pfn in self.pages.keys() - dict(image.pages).keys():
             self._saved.setdefault(pfn, self.pages.pop(pfn))
         for pfn, (owner, data, tags) in image.pages:
             self._saved.setdefault(pfn, self.pages.get(pfn))
             page = Page(data, None if owner is None else self._keys[owner], self.epoch, tags[0])
-            page.tags = tags if len(tags) > 1 else None
+            if len(tags) > 1:
+                page.tags, page.mixed = tags, owner is None  # an image does not say what of it is ciphertext
             self.pages[pfn] = page
 
 

@@ -23,7 +23,8 @@ class Message(NamedTuple):
     `number` and `name` as in the document; `layout` of its bytes (None: it has none). A record carries it when it has
     the values of `record`, and its bytes those of `fields`, which are also an example that is taken; `needs` names
     the other fields that are looked at. `units` says what a number in a field is: the name of a resource ("port",
-    "msr", "leaf", "mmio"), or the layout of its 8 bytes.
+    "msr", "leaf", "mmio"), or the layout of its 8 bytes. `examples` are more values of fields, to go over `fields`: the
+    limits that the document names, and the first values past them; None: the field is not marked valid.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Message(NamedTuple):
     fields: Mapping[str, Any] = {}
     needs: tuple[str, ...] = ()
     units: Mapping[str, str | type[Layout]] = {}
+    examples: tuple[Mapping[str, Any], ...] = ()
 
 
 class Payload(NamedTuple):

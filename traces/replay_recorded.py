@@ -57,6 +57,7 @@ def machine_of(header: Header, *, given: Mapping[str, Any] | None = None, oracle
         if missing:
             raise ConfigError(f"no plugin of the trace brings the oracle {missing[0]!r}; there are {', '.join(known)}")
         machine.sink = OracleSink(tuple(known[name] for name in header.oracles))
+        machine.fetches.keep_log(keep=True)  # what the oracle of single fetches looks at
     return machine
 
 

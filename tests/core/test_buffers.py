@@ -21,7 +21,7 @@ def shared(fetches):
     "access", [lambda b: b.read(8, 8), lambda b: b.read_uint(8, 8), lambda b: b.write(8, bytes(8))]
 )
 def test_the_last_byte_is_inside(access):
-    access(CheckedBuffer(16))
+    access(CheckedBuffer.of(bytes(16), 1))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,18 @@ def test_one_byte_past_the_end_is_a_violation(access):
 def test_a_new_buffer_is_poison():
     buffer = CheckedBuffer(16)
     assert buffer.poisoned(0, 16)
-    assert buffer.read(0, 2) == b"\xa5\xa5"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda b: b.read(3, 2), lambda b: b.read_uint(6, 4), lambda b: b.store(0, Memory(1 << 20), 0x2000, 16, None)],
+)
+def test_what_was_never_written_is_not_read(read):
+    buffer = CheckedBuffer(16)
+    buffer.write(4, bytes(4))
+    assert buffer.read(4, 4) == bytes(4)
+    with pytest.raises(InvariantViolation, match=r"buffer\.poison.*never written"):
+        read(buffer)
 
 
 def test_written_bytes_are_not_poison_and_have_an_owner():
@@ -62,7 +73,7 @@ def test_a_copy_carries_the_owner_along():
     memory.write(0x1000, b"secret", None, guest_tag(5))
     buffer = CheckedBuffer(16)
     buffer.load(2, memory, 0x1000, 6, None)
-    buffer.store(0, memory, 0x2000, 16, None)
+    buffer.store(2, memory, 0x2002, 6, None)
     assert memory.tags(0x2000, 9) == bytes([0, 0] + [21] * 6 + [0])
 
 

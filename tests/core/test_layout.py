@@ -181,6 +181,7 @@ def test_a_window_reads_exactly_once_an_access():
             return super().read_uint(offset, width_bytes)
 
     counting = Counting(64)
+    counting.write(0, bytes(64))
     window = Sample(counting)
     _ = window.small
     assert counting.reads == 1

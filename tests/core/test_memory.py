@@ -203,6 +203,14 @@ def test_restore_takes_over_an_image_and_reset_still_returns_to_the_mark(memory,
     assert memory.capture() == marked
 
 
+def test_a_restored_page_of_several_owners_may_hold_ciphertext(memory, key):
+    memory.write(0x5000, PAGE, key, 16)
+    memory.write(0x5000, b"over it", None, 1)
+    memory.write(0x6000, PAGE, None, 16)
+    memory.restore(memory.capture())
+    assert [memory.pages[pfn].mixed for pfn in (5, 6)] == [True, False]
+
+
 def test_the_slot_is_told_when_a_page_changes_its_key(memory, key):
     told = []
     memory.page_owner_changed = lambda *what: told.append(what)
