@@ -10,7 +10,9 @@ from sevlab.core.plugins import PluginSet
 HANDLERS = ("sevlab.core.steps", "sevlab.core.asp", "sevlab.core.hypervisor", "sevlab.core.cpu", "sevlab.core.delivery")
 """The kernel's own behaviour."""
 
-LEFT_ALONE = re.compile(r"\.plugins\.oracles\b|\.(commands|demo|fuzzing|layout|buffers|numbers|command)$")
+LEFT_ALONE = re.compile(
+    r"\.plugins\.oracles\b|\.(commands|demo|fuzzing|oracles|targets|layout|buffers|numbers|command)$"
+)
 """Modules of plugins without behaviour of their own: what judges and what declares."""
 
 

@@ -19,7 +19,7 @@ from sevlab.core.units import MASK64, PAGE_BYTES
 from sevlab.core.vocabulary import FieldSpec, Record, spec_of
 from sevlab.fuzz.codec import MAX_STEPS, Codec
 from sevlab.fuzz.messages import Carried, Messages
-from sevlab.fuzz.pools import Pools, resource_of
+from sevlab.fuzz.pools import Pools, is_resource
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
@@ -38,6 +38,24 @@ INPUTS = 0.75
 
 CHANGES = 3
 """Most changes that one call makes."""
+
+EXAMPLES = 0.5
+"""How often a new message is one of its declared examples."""
+
+NAMED = 0.4
+"""How often its new value is one that an example of the message has there."""
+
+HEAD, HEAD_BYTES = 0.5, 32
+"""How often bytes without a declaration change near their beginning, where structures have their headers."""
+
+RESOURCE, POOLED = 0.75, 0.45
+"""How often a number is one that was seen before: where it names something that must exist, and elsewhere."""
+
+NOTHING = 0.15
+"""How often a field that names something names nothing."""
+
+SELDOM, OFTEN, MOSTLY = 0.25, 0.6, 0.9
+"""How often a field keeps its declared value: one that has better ones, in a plain message, in an example."""
 
 
 class Choices(NamedTuple):
@@ -192,9 +210,12 @@ class Mutator:
             info = message.layout.FIELDS[name]
             if info.kind in {Kind.UINT, Kind.BITS} and rng.random() < 0.85:
                 fields[name] = self._legal_of(info, message.units.get(name))
-        for name, value in message.fields.items():
-            if name not in fields or rng.random() < (0.25 if name in message.units else 0.6):
+        example = self._pick(message.examples) if message.examples and rng.random() < EXAMPLES else {}
+        for name, value in {**message.fields, **example}.items():
+            often = MOSTLY if name in example else SELDOM if name in message.units else OFTEN
+            if name not in fields or rng.random() < often:
                 fields[name] = value
+        fields = {name: value for name, value in fields.items() if value is not None}
         fields |= {name: message.fields[name] for name in _selecting(message)}
         return _put(record, payload, message.layout.build(**fields))
 
@@ -212,7 +233,7 @@ class Mutator:
         step = steps[index]
         for field in spec_of(step).fields:
             if issubclass(field.type, int) and field.type is not bool and self._rng.random() < 0.5:
-                value = self.pools.draw(self._rng, resource_of(field.name))
+                value = self.pools.draw(self._rng, field.name)
                 if value is not None:
                     step = _set(step, **{field.name: value})
         steps[index] = step
@@ -222,7 +243,7 @@ class Mutator:
         data = self._bytes_of(carried, step)
         for info in self._choices_of(carried.layout).numbers:
             if self._rng.random() < 0.5:
-                value = self.pools.draw(self._rng, resource_of(info.name, info.unit))
+                value = self.pools.draw(self._rng, info.name, info.unit)
                 if value is not None and value <= info.maximum:
                     data = carried.layout.patch(data, **{info.name: value})
         steps[index] = _put(step, carried.payload, data)
@@ -259,6 +280,7 @@ class Mutator:
             return
         index, carried, layout = found
         data = self._bytes_of(carried, steps[index])
+        message = carried.payload.message(steps[index])
         known = carried.inputs if carried.inputs and self._rng.random() < INPUTS else self._choices_of(layout).fields
         info = self._pick(known)
         old = read_field(info, data)
@@ -269,11 +291,20 @@ class Mutator:
             items = (*old[:position], self.number(info.name, info) & info.maximum, *old[position + 1 :])
             data = layout.patch(data, **{info.name: items})
         else:
-            unit = carried.units.get(info.name)
-            near = self._rng.random() < (0.2 if unit is not None else 0.5)
-            value = self.number(info.name, info, old) if near else self._legal_of(info, unit)
+            value = self._named(message, info.name)
+            if value is None:
+                unit = carried.units.get(info.name)
+                near = self._rng.random() < (0.2 if unit is not None else 0.5)
+                value = self.number(info.name, info, old) if near else self._legal_of(info, unit)
             data = layout.patch(data, **{info.name: value & info.maximum})
         steps[index] = _put(steps[index], carried.payload, data)
+
+    def _named(self, message: Message | None, name: str) -> int | None:
+        """One of the values that the examples of a message give a field."""
+        if message is None or not message.examples or self._rng.random() >= NAMED:
+            return None
+        values = [example[name] for example in message.examples if example.get(name) is not None]
+        return self._pick(values) if values else None
 
     def _break_rule(self, steps: list[Record]) -> None:
         """Break one rule of one field, or take away a valid bit."""
@@ -301,11 +332,15 @@ class Mutator:
     def number(self, name: str, info: FieldInfo | None = None, old: int | None = None) -> int:
         """A number for field `name`: a resource, near the old value, where something changes, or any."""
         rng = self._rng
-        way = rng.random()
-        if way < 0.45:
-            value = self.pools.draw(rng, resource_of(name, info.unit if info is not None else ""))
+        unit = info.unit if info is not None else ""
+        named = is_resource(name, unit)
+        if named and rng.random() < NOTHING:
+            return 0
+        if rng.random() < (RESOURCE if named else POOLED):
+            value = self.pools.draw(rng, name, unit)
             if value is not None:
                 return value
+        way = 0.45 + 0.55 * rng.random()
         if old is not None and way < 0.7:
             return (old + self._pick((-1, 1, 8, -8, PAGE_BYTES, -PAGE_BYTES))) & MASK64 if way < 0.55 else (
                 old ^ 1 << self._below(info.width_bytes * 8 if info is not None else 64)
@@ -346,7 +381,7 @@ class Mutator:
             return self._pairs(old or ())
         if field.name in {"vcpu", "vm", "party", "space", "domid"}:
             return self._pick((0, 0, 0, 1, 1, 2, 3))
-        return self.number(field.name, None, old)
+        return self.number(field.name, None, old) & MASK64
 
     def _pairs(self, old: tuple[Any, ...]) -> tuple[Any, ...]:
         """A list of names with numbers, which is what lists in steps are; other items of an old one stay."""
@@ -354,9 +389,9 @@ class Mutator:
         if kept and self._rng.random() < 0.5:
             del kept[self._below(len(kept))]
         if kept and not isinstance(kept[0], tuple):
-            return (*kept, self.number("item"))
+            return (*kept, self.number("item") & MASK64)
         name = self._pick(self._codec.words)
-        return (*kept, (name, self.number(name)))[:8]
+        return (*kept, (name, self.number(name) & MASK64))[:8]
 
     def _leaf(self, old: bytes) -> bytes:
         """Bytes without a declaration: other ones of the same length, or some bits and bytes changed."""
@@ -367,7 +402,7 @@ class Mutator:
             return rng.randbytes(len(old))
         data = bytearray(old)
         for _ in range(1 + self._below(4)):
-            position = self._below(len(data))
+            position = self._below(min(len(data), HEAD_BYTES) if rng.random() < HEAD else len(data))
             width = self._pick((1, 1, 2, 4, 8))
             value = self._pick(NUMBERS) if rng.random() < 0.5 else rng.getrandbits(64)
             piece = (value & (1 << width * 8) - 1).to_bytes(width, "little")

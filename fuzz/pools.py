@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MAX_VALUES = 64
 """Values kept of one resource; the oldest go."""
 
+OWN = 0.7
+"""How often a field gets a value that one of its own name had, where any resource of its kind would do."""
+
 EDGES = 0.5
 """How often a number of a range is one at its ends."""
 
@@ -34,6 +37,11 @@ def resource_of(name: str, unit: str = "") -> str:
         return unit
     last = name.rpartition("_")[2]
     return last if last in SUFFIXES else name
+
+
+def is_resource(name: str, unit: str = "") -> bool:
+    """Whether a field names something: most values that nobody made are refused at the first look."""
+    return resource_of(name, unit) in SUFFIXES
 
 
 class Pools:
@@ -56,16 +64,24 @@ class Pools:
             if len(pool) > MAX_VALUES:
                 del pool[0]
 
-    def draw(self, rng: Random, resource: str) -> int | None:
-        """Some value of a resource, None when none is known."""
-        ranges = self.ranges.get(resource)
+    def keep(self, name: str, value: int, unit: str = "") -> None:
+        """Keep the value of a field: as one of that name, and as one of its resource."""
+        self.add(name, value)
+        resource = resource_of(name, unit)
+        if resource != name:
+            self.add(resource, value)
+
+    def draw(self, rng: Random, name: str, unit: str = "") -> int | None:
+        """A value for a field, mostly one that a field of that name had; None when none is known."""
+        ranges = self.ranges.get(name)
         if ranges:
             first, last = ranges[int(rng.random() * len(ranges))]
             way = rng.random()
             if way < EDGES:
                 return (first, last, last + 1, first + 1)[int(way / EDGES * 4)]
             return first + int(rng.random() * (last - first + 1))
-        pool = self.values.get(resource)
+        own, wide = self.values.get(name), self.values.get(resource_of(name, unit))
+        pool = own if own and (not wide or rng.random() < OWN) else wide
         return pool[int(rng.random() * len(pool))] if pool else None
 
     # Harvest ----------------------------------------------------------------------------------------------------
@@ -74,14 +90,16 @@ class Pools:
         """Keep the numbers in the fields of a structure."""
         for name, info in layout.FIELDS.items():
             if info.kind is Kind.UINT and info.offset + info.length_bytes <= len(data):
-                self.add(resource_of(name, info.unit), read_field(info, data))
+                self.keep(name, read_field(info, data), info.unit)
 
     def harvest(self, messages: Messages, step: Record, outcome: Outcome) -> None:
         """Keep what a step and its outcome name."""
         for record in (step, *outcome.records):
             for field, value in zip(spec_of(record).fields, record, strict=True):
                 if field.type is not bool and isinstance(value, int):
-                    self.add(resource_of(field.name), value)
+                    self.keep(field.name, value)
+                elif field.type is tuple:
+                    self._keep_pairs(value)
         carried = messages.of(step)
         if carried is None or carried.layout is None:
             return
@@ -93,6 +111,12 @@ class Pools:
             for record in outcome.records:
                 if spec_of(record).kind == kind:
                     self.harvest_layout(carried.layout, getattr(record, name))
+
+    def _keep_pairs(self, pairs: object) -> None:
+        """Keep the numbers of a list of (name, number)."""
+        for pair in pairs if isinstance(pairs, tuple) else ():
+            if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int):
+                self.add(pair[0], pair[1])
 
     def harvest_machine(self, machine: Machine) -> None:
         """Keep what every machine has: its vCPUs and VMs, and where their memory lies."""

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 from sevlab.core.events import AspCommand, AspStatus, Party, Race
+from sevlab.core.exitinfo import IOIO_STRING
 from sevlab.core.layout_tools import validate
 from sevlab.core.oracle import Target
 from sevlab.core.testing import make_machine
@@ -114,6 +115,27 @@ def test_resources_are_known_by_unit_by_the_end_of_a_name_or_by_name():
         "pfn",
         "length",
     ]
+
+
+def test_a_field_gets_mostly_what_its_own_name_had():
+    pools, rng = Pools(), Random(1)
+    for spa in range(0x1000, 0x9000, 0x1000):
+        pools.keep("page_spa", spa)
+    pools.keep("gctx_spa", 0xF000)
+    drawn = [pools.draw(rng, "gctx_spa") for _ in range(200)]
+    assert 120 < drawn.count(0xF000) < 190
+    assert 0x1000 in drawn
+    assert 0xF000 in {pools.draw(rng, "other_spa") for _ in range(200)}
+
+
+def test_examples_of_a_message_are_drawn():
+    made = mutator()
+    words = {
+        int.from_bytes(step.page[0x398:0x3A0], "little")
+        for step in (made.step() for _ in range(4000))
+        if isinstance(step, Vmgexit) and step.page[0x390:0x394] == b"\x7b\0\0\0"
+    }
+    assert {word & IOIO_STRING for word in words} == {0, IOIO_STRING}
 
 
 def test_a_pool_forgets_the_oldest():
