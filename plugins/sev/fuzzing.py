@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
-from sevlab.core.events import Party
+from sevlab.core.events import AspCommand, AspStatus, Party
 from sevlab.core.listening import steps_of
 from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
 from sevlab.core.units import PAGE_BYTES
 from sevlab.core.vocabulary import Outcome, Record, spec_of
 from sevlab.plugins.sev import driver
+from sevlab.plugins.sev.buffers import HandleOnly
+from sevlab.plugins.sev.certificates import SevCertificate
 from sevlab.plugins.sev.context import sev_state
 from sevlab.plugins.sev.numbers import Command
+from sevlab.plugins.sev.owner import open_session
 from sevlab.plugins.sev.states import GUEST, PLATFORM, GuestState, PlatformState
 
 if TYPE_CHECKING:
@@ -53,14 +56,20 @@ class ResourceBalance:
     """What the firmware holds for guests belongs to guests that live."""
 
     name = "sev.balance"
-    after: tuple[str, ...] = ()
+    after: tuple[str, ...] = ("asp.command",)
     documentation = (
-        "Every checksum of a VMSA in the TMR belongs to a live guest, and every live guest's are there; memory keys are"
-        " never more than activations. Source: 55766, DECOMMISSION; CVE-2021-47389 is the host's side of it."
+        "A guest whose DECOMMISSION was answered with SUCCESS is gone, and its handle names nobody; every checksum of a"
+        " VMSA in the TMR belongs to a live guest, and no slot to two. Source: 55766, DECOMMISSION; CVE-2021-47389."
     )
 
     def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
-        return ()
+        if not isinstance(step, AspCommand) or step.command != Command.DECOMMISSION or step.interface != "sev":
+            return ()
+        answer = outcome.first(AspStatus)
+        handle = HandleOnly.from_bytes(step.buffer[: HandleOnly.SIZE].ljust(HandleOnly.SIZE, b"\0")).handle
+        if answer is None or answer.status or handle not in sev_state(machine).guests:
+            return ()
+        return (Finding(self.name, "context", f"guest {handle} was decommissioned and is there", spec_of(step).kind),)
 
     def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
         sev = sev_state(machine)
@@ -122,7 +131,38 @@ def seeds(machine: Machine) -> tuple[tuple[Record, ...], ...]:
         driver.run(machine, Command.SHUTDOWN)
         driver.run(machine, Command.INIT, **driver.tmr_fields(machine))
 
-    return tuple(steps_of(machine, call) for call in (finish, stop, platform))
+    def arrive() -> None:
+        """A guest that another platform sent: it cannot run yet, and is given up."""
+        fields = owner_fields(machine, page)
+        arrived = driver.need(machine, Command.RECEIVE_START, **fields).handle
+        driver.run(machine, Command.ACTIVATE, handle=arrived, asid=running.asid + 2)
+        driver.run(machine, Command.GUEST_STATUS, handle=arrived)
+        driver.run(machine, Command.DEACTIVATE, handle=arrived)
+        driver.run(machine, Command.DECOMMISSION, handle=arrived)
+
+    def owned() -> None:
+        """A launch with its owner's session."""
+        started = driver.need(machine, Command.LAUNCH_START, **owner_fields(machine, page)).handle
+        driver.run(machine, Command.DECOMMISSION, handle=started)
+
+    return tuple(steps_of(machine, call) for call in (owned, arrive, finish, stop, platform))
+
+
+def owner_fields(machine: Machine, page: int) -> dict[str, int]:
+    """An owner's certificate and session at `page` and behind it, as fields of LAUNCH_START and RECEIVE_START."""
+    places = {"pdh_spa": page, "pdh_bytes": SevCertificate.SIZE, "chain_spa": page + PAGE_BYTES, "chain_bytes": 0x2000}
+    driver.need(machine, Command.PDH_CERT_EXPORT, **places)
+    pdh = SevCertificate.from_bytes(driver.get(machine, page, SevCertificate.SIZE))
+    session = open_session(pdh, 0, machine.entropy)
+    certificate = session.certificate.to_bytes()
+    driver.put(machine, page, certificate)
+    driver.put(machine, page + PAGE_BYTES, session.session)
+    return {
+        "dh_spa": page,
+        "dh_bytes": len(certificate),
+        "session_spa": page + PAGE_BYTES,
+        "session_bytes": len(session.session),
+    }
 
 
 TARGETS: tuple[Target, ...] = (

@@ -33,7 +33,7 @@ from sevlab.plugins.sev_es.declare import (
 )
 from sevlab.plugins.sev_es.events import EVENTS as REGISTER_EVENTS
 from sevlab.plugins.sev_es.exits import ExitClass, exit_class
-from sevlab.plugins.sev_es.fuzzing import COUNTERS, ORACLES, PAYLOADS, TARGETS
+from sevlab.plugins.sev_es.fuzzing import COUNTERS, PAYLOADS, TARGETS
 from sevlab.plugins.sev_es.ghcb import (
     PROTOCOL_MAX,
     PROTOCOL_MIN,
@@ -73,6 +73,7 @@ from sevlab.plugins.sev_es.io_events import EVENTS as IO_EVENTS
 from sevlab.plugins.sev_es.io_events import KVM_6_12, SHARED_BUFFER
 from sevlab.plugins.sev_es.msr_layout import MSR_GHCB, MSR_SEV_STATUS, MsrInfo
 from sevlab.plugins.sev_es.msr_requests import REQUESTS
+from sevlab.plugins.sev_es.oracles import ORACLES
 from sevlab.plugins.sev_es.order import CONVERSATION, Broken, Exchange, OrderState, check, check_vc
 from sevlab.plugins.sev_es.porting import PORTING
 from sevlab.plugins.sev_es.profiles import PROFILES, RESET_EIP, VmsaProfile, initial_vmsa

@@ -1,4 +1,4 @@
-"""What fuzzing of the GHCB needs, as data: what a VMGEXIT carries, targets with guests that run, and oracles."""
+"""What fuzzing of the GHCB needs, as data: what a VMGEXIT carries, and targets with guests that run."""
 
 from __future__ import annotations
 
@@ -6,31 +6,36 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from sevlab.core.config import GuestConfig
-from sevlab.core.cpu import CONTROL_SEV_ES
-from sevlab.core.events import CpuExit, Party, Schedule, SetRegisters
+from sevlab.core.cpu import VmcbControl
+from sevlab.core.events import CpuExit, Party, Schedule, SetRegisters, VmcbWrite
 from sevlab.core.exitinfo import IoioInfo, ioio_word
-from sevlab.core.layout import Layout
-from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
+from sevlab.core.layout import Layout, bits, flag, u8, u32, u64
+from sevlab.core.oracle import StateCounter, Target
 from sevlab.core.payload import Message, Payload
 from sevlab.core.svm import ExitCode
 from sevlab.core.units import PAGE_MASK
-from sevlab.core.vocabulary import Outcome, Record, spec_of
+from sevlab.core.vocabulary import Record
 from sevlab.plugins.sev import Policy, launch_guest
 from sevlab.plugins.sev_es.ghcb import SHARED_BUFFER_OFFSET, Ghcb, NaeCode
-from sevlab.plugins.sev_es.insn import MNEMONICS, decode
+from sevlab.plugins.sev_es.io_events import SHARED_BUFFER
 from sevlab.plugins.sev_es.matrix import ALL, event_name
 from sevlab.plugins.sev_es.msr_layout import INFO_MASK, LAYOUTS, MsrInfo
 from sevlab.plugins.sev_es.msr_requests import REQUESTS
+from sevlab.plugins.sev_es.oracles import ORACLES
 from sevlab.plugins.sev_es.profiles import initial_vmsa
-from sevlab.plugins.sev_es.records import GhcbRequest, GuestSetup, VcDelivered, Vmgexit
+from sevlab.plugins.sev_es.records import ForgeReply, GuestSetup, Vmgexit
 from sevlab.plugins.sev_es.startup import set_up_vcpus
 from sevlab.plugins.sev_es.states import Hold, SevEsState, sev_es_state
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
+    from sevlab.plugins.sev_es.declare import NaeEvent
 
 GHCB_GPA = 0x5000
 """Where fuzzed guests have their GHCB."""
+
+BUFFER_GPA = GHCB_GPA + SHARED_BUFFER_OFFSET
+"""Their shared buffer."""
 
 CODE = Ghcb.FIELDS["sw_exit_code"]
 
@@ -54,6 +59,44 @@ def _place(machine: Machine, record: Record) -> int | None:
     return None if vcpu is None or msr & PAGE_MASK else machine.access.translate_gpa(vcpu, msr)
 
 
+def _examples(event: NaeEvent) -> tuple[dict[str, int | None], ...]:
+    """The values that the event's declaration names: each input at its limits, past them, and not marked valid."""
+    return tuple(
+        {
+            name: BUFFER_GPA if value == SHARED_BUFFER else value
+            for name, value in {**case.given, case.field: case.value}.items()
+        }
+        for case in event.cases
+    )
+
+
+class EventInjection(Layout, size=8):
+    """EVENTINJ of the VMCB."""
+
+    vector = u8(0x0, source="24593, 15.20")
+    type = bits(0x1, u8, 2, 0, values=(0, 2, 3, 4), source="24593, 15.20")
+    error_valid = flag(0x1, u8, 3, source="24593, 15.20")
+    valid = flag(0x3, u8, 7, source="24593, 15.20")
+    error_code = u32(0x4, source="24593, 15.20")
+
+
+class ReplyWord(Layout, size=8):
+    """A field of the GHCB as a forger writes it."""
+
+    word = u64(0x0, source="56421, GHCB layout")
+
+
+FORGED_AT = {
+    Ghcb.FIELDS[name].offset: name
+    for name in ("rax", "rbx", "rcx", "rdx", "sw_exit_info_1", "sw_exit_info_2", "valid_bitmap")
+}
+"""What a #VC handler reads of a reply."""
+
+EVENTS = ((2, 2), (6, 3), (13, 3), (14, 3), (28, 3), (29, 3), (0x20, 0), (0x80, 0), (0x80, 4), (0xFF, 0))
+"""Vectors and types that mean something: NMI, exceptions, #HV, #VC, the first and the last interrupt, INT 80h."""
+
+EVENTINJ_AT = VmcbControl.FIELDS["event_inj"].offset
+
 UNITS: dict[int, dict[str, str | type[Layout]]] = {
     ExitCode.IOIO: {"sw_exit_info_1": IoioInfo, "sw_scratch": "gpa"},
     ExitCode.MSR: {"rcx": "msr"},
@@ -63,7 +106,35 @@ UNITS: dict[int, dict[str, str | type[Layout]]] = {
 }
 """What the numbers of some events are."""
 
-PAYLOADS: tuple[Payload, ...] = (
+HOSTILE: tuple[Payload, ...] = (
+    Payload(
+        "vmcb",
+        "data",
+        lambda record: record.offset if isinstance(record, VmcbWrite) and record.offset == EVENTINJ_AT else None,
+        (
+            Message(
+                EVENTINJ_AT,
+                "EVENTINJ",
+                EventInjection,
+                {"offset": EVENTINJ_AT},
+                {"valid": 1},
+                ("vector", "type", "error_valid", "error_code"),
+                examples=tuple({"vector": vector, "type": kind} for vector, kind in EVENTS),
+            ),
+        ),
+    ),
+    Payload(
+        "sev_es.forge",
+        "data",
+        lambda record: record.offset if isinstance(record, ForgeReply) and record.offset in FORGED_AT else None,
+        tuple(
+            Message(offset, name, ReplyWord, {"offset": offset}, needs=("word",)) for offset, name in FORGED_AT.items()
+        ),
+    ),
+)
+"""What a hostile hypervisor writes: an event to inject, a field of a reply."""
+
+GUEST_PAYLOADS: tuple[Payload, ...] = (
     Payload(
         "sev_es.vmgexit",
         "page",
@@ -80,10 +151,11 @@ PAYLOADS: tuple[Payload, ...] = (
                     "sw_exit_info_2": 0,
                     "protocol_version": 2,
                     **event.example,
-                    **({} if event.scratch is None else {"sw_scratch": GHCB_GPA + SHARED_BUFFER_OFFSET}),
+                    **({} if event.scratch is None else {"sw_scratch": BUFFER_GPA}),
                 },
                 event.inputs,
                 UNITS.get(code, {}),
+                _examples(event),
             )
             for code, event in sorted(ALL.items())
         ),
@@ -101,95 +173,8 @@ PAYLOADS: tuple[Payload, ...] = (
     ),
 )
 
+PAYLOADS = (*GUEST_PAYLOADS, *HOSTILE)
 
-# Oracles --------------------------------------------------------------------------------------------------------------
-
-X87, SSE, AVX = 1, 2, 4
-
-
-class VcpuInvariants:
-    """What the hypervisor keeps of an encrypted vCPU is architecturally possible."""
-
-    name = "sev_es.vcpu"
-    after = ("sev_es.vmgexit",)
-    documentation = (
-        "XCR0 that a guest reports has x87 set, AVX only with SSE; a vCPU that runs under SEV-ES has a save area at an"
-        " aligned address. Source: 24594, XSETBV; 24593, 15.35 (VMRUN); KVM's sync of XCR0 from the GHCB."
-    )
-
-    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
-        wrong: list[tuple[str, str]] = []
-        for vcpu_id, vcpu in machine.vcpus.items():
-            xcr0, vmcb = vcpu.system.xcr0, vcpu.vmcb
-            if not xcr0 & X87 or (xcr0 & AVX and not xcr0 & SSE):
-                wrong.append(("xcr0", f"vCPU {vcpu_id}: XCR0 is {xcr0:#x}"))
-            if vcpu.stopped or vcpu.halted or not vmcb.encryption_control & CONTROL_SEV_ES:
-                continue
-            if vmcb.vmsa_pa & PAGE_MASK or vmcb.vmsa_pa >= machine.memory.size_bytes:
-                wrong.append(("vmsa", f"vCPU {vcpu_id} runs with a save area at {vmcb.vmsa_pa:#x}"))
-        return tuple([Finding(self.name, rule, message, spec_of(step).kind) for rule, message in wrong])
-
-    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
-        return ()
-
-
-class PrivateMmio:
-    """The reference guest never asks for a device access to its own private memory."""
-
-    name = "sev_es.private-mmio"
-    documentation = (
-        "A #VC handler does not emulate an access to memory that is the guest's own: the hypervisor would see, or give,"
-        " what is private. Source: edk2 85b8eac59b; arXiv 2010.07094; Linux vc_do_mmio."
-    )
-
-    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
-        findings = []
-        for record in outcome.records:
-            if isinstance(record, GhcbRequest) and record.exit_code in {NaeCode.MMIO_READ, NaeCode.MMIO_WRITE}:
-                vm = machine.vm_of(machine.vcpus[record.vcpu])
-                if record.info_1 < vm.memory_bytes:
-                    message = f"a device access to private memory at {record.info_1:#x}"
-                    findings.append(Finding(self.name, "private", message, f"{record.exit_code:#x}"))
-        return tuple(findings)
-
-    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
-        return ()
-
-
-class VcProvenance:
-    """The reference guest asks its hypervisor only for what its own instruction means, and user code gets no kernel's.
-
-    The instruction is the step's, which the hypervisor does not choose; the claimed code is.
-    """
-
-    name = "sev_es.provenance"
-    after = ("exit",)
-    documentation = (
-        "A #VC handler sends a request only when the bytes at RIP are an instruction that can raise this exit code."
-        " Source: Linux vc_check_opcode_bytes (CVE-2024-25742); edk2 VmgExitLib."
-    )
-
-    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
-        if not isinstance(step, CpuExit) or outcome.first(VcDelivered) is None:
-            return ()
-        request = outcome.first(GhcbRequest)
-        expected = MNEMONICS.get(step.exit_code)
-        vcpu = machine.vcpus.get(step.vcpu)
-        if request is None or expected is None or vcpu is None:
-            return ()
-        sixty_four = vcpu.system.cs[1] & 0x200 and vcpu.system.efer & 0x100
-        insn = decode(step.insn[:15], 64 if sixty_four else 32 if vcpu.system.cs[1] & 0x400 else 16)
-        if insn is not None and insn.mnemonic in expected:
-            return ()
-        found = "no instruction" if insn is None else insn.mnemonic
-        message = f"#VC {step.exit_code:#x} was served at {found}"
-        return (Finding(self.name, "opcode", message, f"{step.exit_code:#x}"),)
-
-    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
-        return ()
-
-
-ORACLES: tuple[Oracle, ...] = (VcpuInvariants(), VcProvenance(), PrivateMmio())
 ORACLE_NAMES = tuple(oracle.name for oracle in ORACLES)
 
 # State feedback -------------------------------------------------------------------------------------------------------
@@ -270,24 +255,40 @@ def _string(*, is_in: bool) -> Vmgexit:
 
 
 def ghcb_seeds(_machine: Machine) -> tuple[tuple[Record, ...], ...]:
-    """A VMGEXIT of each declared event, strings, the usual start of a conversation, and the start of a second vCPU."""
-    pages, requests = PAYLOADS
+    """A VMGEXIT of each declared event, and what a boot does: negotiation, strings, a second vCPU, timer, x2APIC."""
+    pages, requests = GUEST_PAYLOADS
     singles = [Vmgexit(0, GHCB_GPA, Ghcb.build(**message.fields)) for message in pages.messages]
     start = [
         Vmgexit(0, int.from_bytes(message.layout.build(**message.fields), "little"), b"")
         for message in sorted(requests.messages, key=lambda message: message.number == MsrInfo.AP_RESET_HOLD_REQUEST)
         if message.layout is not None
     ]
-    hold = Ghcb.build(sw_exit_code=NaeCode.AP_RESET_HOLD, sw_exit_info_1=0, sw_exit_info_2=0)
+    hold = _request(NaeCode.AP_RESET_HOLD)
     holds = (Vmgexit(1, GHCB_GPA, hold), Vmgexit(1, int(MsrInfo.AP_RESET_HOLD_REQUEST), b""))
     wake = (_wake(INIT_OTHERS), _wake(START_OTHERS))
     starts = tuple((*wake, held, *wake) for held in holds)  # out of the launch state first, then out of the hold
     strings = ((_string(is_in=False),), (_string(is_in=True),))
-    return (tuple(start), *starts, *strings, *((step,) for step in (*singles, *start)))
+    timer = _ask(ExitCode.IOIO, ioio_word(TIMER_PORT, 1, is_in=True))
+    clock = (_ask(ExitCode.IOIO, ioio_word(TIMER_PORT + 3, 1, is_in=False), rax=0x34), timer, timer)
+    x2apic = (_ask(ExitCode.MSR, 1, rcx=APIC_BASE, rax=APIC_BASE_X2APIC, rdx=0), _ask(ExitCode.MSR, rcx=X2APIC_ID))
+    return (tuple(start), *starts, *strings, clock, x2apic, *((step,) for step in (*singles, *start)))
+
+
+TIMER_PORT = 0x40
+APIC_BASE, APIC_BASE_X2APIC, X2APIC_ID = 0x1B, 0xFEE0_0D00, 0x802
+"""Ports of the 8254; the register that switches x2APIC on, its value, and the first that Linux reads then."""
+
+
+def _request(code: int, info_1: int = 0, info_2: int = 0, **fields: int) -> bytes:
+    return Ghcb.build(sw_exit_code=code, sw_exit_info_1=info_1, sw_exit_info_2=info_2, protocol_version=2, **fields)
+
+
+def _ask(code: int, info_1: int = 0, info_2: int = 0, **fields: int) -> Vmgexit:
+    return Vmgexit(0, GHCB_GPA, _request(code, info_1, info_2, **fields))
 
 
 def guest_seeds(_machine: Machine) -> tuple[tuple[Record, ...], ...]:
-    """What a guest does early: CPUID, a port, a register, device memory."""
+    """What a guest does early: CPUID, a port, a register, the clock, its caches; in user space CPUID, an interrupt."""
     registers = SetRegisters(0, (("rax", 1), ("rcx", 0), ("rdx", 0x3F8), ("rip", 0x1000)))
     exits = (
         CpuExit(0, ExitCode.CPUID, 0, 0, b"\x0f\xa2", 0),
@@ -297,7 +298,9 @@ def guest_seeds(_machine: Machine) -> tuple[tuple[Record, ...], ...]:
         CpuExit(0, ExitCode.RDTSC, 0, 0, b"\x0f\x31", 0),
         CpuExit(0, ExitCode.WBINVD, 0, 0, b"\x0f\x09", 0),
     )
-    return tuple((registers, exit_) for exit_ in exits)
+    user = SetRegisters(0, (("cpl", 3), ("rax", 1), ("rcx", 0), ("rip", 0x1000)))
+    tick = (user, VmcbWrite(0, EVENTINJ_AT, EventInjection.build(vector=0x20, valid=1)), Schedule())
+    return (*((registers, exit_) for exit_ in exits), (user, exits[0]), tick)
 
 
 _FAULTS = ("sev_es.forge", "sev_es.forge-msr", "sev_es.vc-nmi", "npt", "schedule", "race")
@@ -317,8 +320,8 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "vc",
         Party.HYPERVISOR,
-        ("exit", "registers", "sev_es.vc-setup", "sev_es.ap-hold", *_FAULTS),
-        ORACLE_NAMES,
+        ("exit", "registers", "sev_es.vc-setup", "sev_es.ap-hold", "vmcb", *_FAULTS),
+        tuple(name for name in ORACLE_NAMES if name != "sev_es.vcpu"),  # which judges an honest hypervisor
         ("io", "sev_es"),
         "A guest's #VC handler against a hostile hypervisor that forges replies, events and mappings.",
         guests=GUESTS,

@@ -17,7 +17,7 @@ from sevlab.plugins.snp.buffers import SnpActivate, SnpGuestRequest
 from sevlab.plugins.snp.cert_table import CertTableRow
 from sevlab.plugins.snp.command_table import COMMAND_LAYOUTS, SNP, SNP_COMMANDS
 from sevlab.plugins.snp.firmware import MetadataHeader, MetadataSection
-from sevlab.plugins.snp.fuzzing import COUNTERS, GHCB_PAYLOADS, ORACLES, TARGETS
+from sevlab.plugins.snp.fuzzing import COUNTERS, FORGED_PSC, GHCB_PAYLOADS
 from sevlab.plugins.snp.guest_agent import Agent
 from sevlab.plugins.snp.guest_pages import GUEST_PAGE_LAYOUTS
 from sevlab.plugins.snp.guest_protocol import change_page_states
@@ -26,12 +26,14 @@ from sevlab.plugins.snp.kernel_hashes import KernelHashTable
 from sevlab.plugins.snp.launch_digest import PageInfo
 from sevlab.plugins.snp.layout import RmpEntry, RmpState
 from sevlab.plugins.snp.messages import HEADER_BYTES, MESSAGE_LAYOUTS, MessageHeader, header_is_legal
+from sevlab.plugins.snp.oracles import ORACLES
 from sevlab.plugins.snp.psc import MAX_ENTRIES, PSC_LAYOUTS, PscEntryValue, PscHeader, build_psc, parse_psc
 from sevlab.plugins.snp.records import GUEST_RECORDS, RMP_RECORDS, SetPages
 from sevlab.plugins.snp.report import REPORT_LAYOUTS
 from sevlab.plugins.snp.setup import OPTIONS, register
 from sevlab.plugins.snp.states import PAGE_STATES, PageState, page_state, snp_state
 from sevlab.plugins.snp.svsm import SVSM_LAYOUTS, SVSM_RECORDS
+from sevlab.plugins.snp.targets import TARGETS
 
 if TYPE_CHECKING:
     from typing import Any
@@ -147,4 +149,4 @@ def sevlab_state_counters() -> tuple[StateCounter, ...]:
 
 @hookimpl
 def sevlab_payloads() -> tuple[Payload, ...]:
-    return (mailbox_payload(SNP, SNP_COMMANDS), *GHCB_PAYLOADS)
+    return (mailbox_payload(SNP, SNP_COMMANDS), *GHCB_PAYLOADS, FORGED_PSC)

@@ -1,167 +1,25 @@
-"""What fuzzing needs of SNP: what a VMGEXIT carries, targets, oracles, and coordinates of state feedback."""
+"""What fuzzing needs of SNP: what a VMGEXIT carries, and coordinates of state feedback."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from struct import Struct
 from typing import TYPE_CHECKING, Any
 
-from sevlab.core.events import Party
-from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
+from sevlab.core.oracle import StateCounter
 from sevlab.core.payload import Message, Payload
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
-from sevlab.core.vocabulary import Outcome, Record, spec_of
-from sevlab.plugins.sev_es import Ghcb, MsrInfo, NaeCode, Vmgexit, msr_layout
+from sevlab.core.vocabulary import Record
+from sevlab.plugins.sev_es import SHARED_BUFFER_BYTES, SHARED_BUFFER_OFFSET, Ghcb, MsrInfo, NaeCode, Vmgexit, msr_layout
 from sevlab.plugins.snp.context import VMPCKS
 from sevlab.plugins.snp.ghcb_events import EVENTS, MSR_REQUESTS
-from sevlab.plugins.snp.layout import ASID, ASID_SHIFT, ASSIGNED, PAGE_SIZE
-from sevlab.plugins.snp.records import MessageAnswered
-from sevlab.plugins.snp.rmp import (
-    BOOKKEEPING_BYTES,
-    ENTRY_BYTES,
-    PAGES_PER_2M,
-    PAIR,
-    entry_address,
-    read_entry,
-    region_of,
-    state_of,
-)
-from sevlab.plugins.snp.states import PageState, SnpState, page_state, snp_state
+from sevlab.plugins.snp.layout import ASID, ASSIGNED
+from sevlab.plugins.snp.psc import PscHeader
+from sevlab.plugins.snp.rmp import ENTRY_BYTES, PAIR, entry_address, read_entry, region_of
+from sevlab.plugins.snp.states import SnpState, page_state, snp_state
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
     from sevlab.core.state import StateDict, Stateful
-
-
-COUNTERS_IN_TABLE = Struct("<1024Q")
-"""The page counters of every ASID that an entry has room for."""
-
-
-class RmpInvariants:
-    """The table agrees with itself and with what the firmware remembers."""
-
-    name = "snp.rmp"
-    documentation = (
-        "Between steps the RMP's page counters are the number of assigned pages of each ASID; every context page of the"
-        " firmware's is in state Context and no other page is; the table's own pages stay Firmware."
-        " Source: 56860, page states; AMD-ASPFW sev_rmp.c."
-    )
-
-    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
-        state = snp_state(machine)
-        if not state.rmp_base or not machine.components["sev"].snp_initialised:  # type: ignore[union-attr]
-            return ()
-        wrong = [
-            f"the context page {spa:#x} is {state_of(machine, spa).name}"
-            for spa in state.platform.guests
-            if state_of(machine, spa) is not PageState.CONTEXT
-        ]
-        if state_of(machine, state.rmp_base) is not PageState.FIRMWARE:
-            wrong.append("the table does not protect itself")
-        return tuple(Finding(self.name, "state", message, spec_of(step).kind) for message in wrong)
-
-    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
-        state = snp_state(machine)
-        if not state.rmp_base or not machine.components["sev"].snp_initialised:  # type: ignore[union-attr]
-            return ()
-        counted = count_assigned(machine)
-        counters = COUNTERS_IN_TABLE.unpack(machine.memory.read(state.rmp_base, COUNTERS_IN_TABLE.size, None))
-        wrong = [
-            f"ASID {asid}: counted {counter}, assigned {counted.get(asid, 0)}"
-            for asid, counter in enumerate(counters)
-            if asid and counter != counted.get(asid, 0)
-        ]
-        return tuple(Finding(self.name, "counter", message) for message in wrong)
-
-
-def count_assigned(machine: Machine) -> dict[int, int]:
-    """How many 4 KiB pages each ASID has by the entries of the table."""
-    state = snp_state(machine)
-    first = state.rmp_base + BOOKKEEPING_BYTES
-    counted: dict[int, int] = {}
-    entries = (state.rmp_end + 1 - first) // ENTRY_BYTES
-    raw = machine.memory.read(first, entries * ENTRY_BYTES, None)
-    for low, _high in PAIR.iter_unpack(raw):
-        asid = (low & ASID) >> ASID_SHIFT
-        if low & ASSIGNED and asid:
-            counted[asid] = counted.get(asid, 0) + (PAGES_PER_2M if low & PAGE_SIZE else 1)
-    return counted
-
-
-class MessageOrder:
-    """A VMPCK's counter only grows, by two for each message: no number is used twice."""
-
-    name = "snp.sequence"
-    documentation = (
-        "The firmware's count of each VMPCK is even and never goes back while its guest lives, and the guest's own"
-        " count never runs ahead of it. Source: 56860, SNP_GUEST_REQUEST."
-    )
-
-    def step_end(self, machine: Machine, step: Record, outcome: Outcome) -> tuple[Finding, ...]:
-        wrong = [
-            f"guest {spa:#x}, VMPCK {number}: count {count} is odd"
-            for spa, guest in snp_state(machine).platform.guests.items()
-            for number, count in enumerate(guest.message_counts)
-            if count & 1
-        ]
-        answers = sum(isinstance(record, MessageAnswered) for record in outcome.records)
-        if answers > 1:
-            wrong.append(f"one message had {answers} answers")
-        return tuple(Finding(self.name, "count", message, spec_of(step).kind) for message in wrong)
-
-    def sequence_end(self, machine: Machine) -> tuple[Finding, ...]:
-        return ()
-
-
-ORACLES: tuple[Oracle, ...] = (RmpInvariants(), MessageOrder())
-_NAMES = tuple(oracle.name for oracle in ORACLES)
-_RMP_STEPS = ("snp.rmpupdate", "snp.psmash", "snp.rmpread", "read", "write", "npt")
-
-TARGETS: tuple[Target, ...] = (
-    Target(
-        "snp.commands",
-        Party.HYPERVISOR,
-        ("asp.command", "asp.read", "asp.write", "cache", *_RMP_STEPS),
-        _NAMES,
-        ("snp",),
-        "SNP mailbox commands and RMP instructions of a hostile hypervisor.",
-    ),
-    Target(
-        "snp.messages",
-        Party.GUEST,
-        ("snp.message", "sev_es.vmgexit", "write"),
-        _NAMES,
-        ("snp",),
-        "Guest messages of a hostile guest to the firmware, through an honest hypervisor.",
-    ),
-    Target(
-        "snp.psc",
-        Party.GUEST,
-        ("sev_es.vmgexit", "snp.pvalidate", "snp.rmpadjust", "snp.rmpquery", "write", "race"),
-        _NAMES,
-        ("snp",),
-        "Page state changes and RMP instructions of a hostile guest.",
-    ),
-    Target(
-        "snp.guest",
-        Party.HYPERVISOR,
-        (
-            *(
-                "snp.set-pages",
-                "snp.message",
-                "snp.create-ap",
-                "snp.cpuid-page",
-                "snp.doorbell",
-                "snp.hv",
-                "snp.hv-ipi",
-            ),
-            *("sev_es.forge", "sev_es.forge-msr", *_RMP_STEPS),
-        ),
-        _NAMES,
-        ("snp",),
-        "The reference guest against a hypervisor that forges replies and page states.",
-    ),
-)
 
 
 # State feedback: what is read after every step is as it lies there; words are made of it once.
@@ -253,6 +111,9 @@ COUNTERS: tuple[StateCounter, ...] = (
 GHCB_GPA = 0x5000
 """Where fuzzed guests have their GHCB."""
 
+PSC_AT, PSC_END = SHARED_BUFFER_OFFSET, SHARED_BUFFER_OFFSET + SHARED_BUFFER_BYTES
+"""Where in the GHCB the structure of a page state change lies, and where its room ends."""
+
 CODE = Ghcb.FIELDS["sw_exit_code"]
 
 
@@ -274,6 +135,17 @@ def _msr_message(record: Record) -> int | None:
     return info if info in MSR_REQUESTS else None
 
 
+EXAMPLES: dict[int, tuple[dict[str, int], ...]] = {
+    NaeCode.SNP_AP_CREATION: tuple(
+        {"sw_exit_info_1": apic_id << 32 | request, "rax": 1} for apic_id in (0, 1, 2) for request in (0, 1, 2, 3)
+    ),
+    NaeCode.SNP_PAGE_STATE_CHANGE: tuple(
+        {"sw_scratch": GHCB_GPA + offset} for offset in (PSC_AT, PSC_END - 16, PSC_END - 8, PSC_END - 7)
+    ),
+    NaeCode.SNP_RUN_VMPL: tuple({"sw_exit_info_1": vmpl} for vmpl in range(5)),
+}
+"""Requests that the document tells apart, and the first past them."""
+
 GHCB_PAYLOADS: tuple[Payload, ...] = (
     Payload(
         "sev_es.vmgexit",
@@ -294,6 +166,7 @@ GHCB_PAYLOADS: tuple[Payload, ...] = (
                     **({} if event.scratch is None else {"sw_scratch": GHCB_GPA + 0x800}),
                 },
                 event.inputs,
+                examples=EXAMPLES.get(code, ()),
             )
             for code, event in sorted(EVENTS.items())
         ),
@@ -310,3 +183,11 @@ GHCB_PAYLOADS: tuple[Payload, ...] = (
     ),
 )
 """The events and requests that this plugin adds to those of `sev_es`."""
+
+FORGED_PSC: Payload = Payload(
+    "sev_es.forge",
+    "data",
+    lambda record: PSC_AT if getattr(record, "offset", None) == PSC_AT else None,
+    (Message(PSC_AT, "PSC_HEADER", PscHeader, {"offset": PSC_AT}, needs=("cur_entry", "end_entry", "reserved_4")),),
+)
+"""What a hostile hypervisor makes of a page state change."""

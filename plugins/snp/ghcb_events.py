@@ -102,11 +102,10 @@ def guest_request(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, _scratch: Scratch | 
     request, response = ghcb.sw_exit_info_1, ghcb.sw_exit_info_2
     if (request | response) & PAGE_MASK or request == response:
         return INVALID_INPUT
-    return _forward(machine, vcpu, request, response)
+    return _forward(machine, vcpu, read_guest(machine, vcpu, request, PAGE_BYTES), response)
 
 
-def _forward(machine: Machine, vcpu: Vcpu, request: int, response: int) -> Reply:
-    message = read_guest(machine, vcpu, request, PAGE_BYTES)
+def _forward(machine: Machine, vcpu: Vcpu, message: bytes | None, response: int) -> Reply:
     if message is None or machine.access.translate_gpa(vcpu, response) is None:
         return INVALID_INPUT
     own = pages(machine)
@@ -135,18 +134,18 @@ def extended_guest_request(machine: Machine, vcpu: Vcpu, ghcb: Ghcb, _scratch: S
     request, response = ghcb.sw_exit_info_1, ghcb.sw_exit_info_2
     if (request | response) & PAGE_MASK or request == response or ghcb.rax & PAGE_MASK:
         return INVALID_INPUT
-    head = read_guest(machine, vcpu, request, HEADER_BYTES)
-    if head is None:
+    message = read_guest(machine, vcpu, request, PAGE_BYTES)
+    if message is None:
         return INVALID_INPUT
     blob = snp_hypervisor(machine).certificates
-    if MessageHeader.from_bytes(head).msg_type == MessageType.REPORT_REQ:
+    if MessageHeader.from_bytes(message[:HEADER_BYTES]).msg_type == MessageType.REPORT_REQ:
         needed = -(-len(blob) // PAGE_BYTES)
         if ghcb.rbx < needed:
             return Reply(info_2=VMM_INVALID_LENGTH << 32, rbx=needed)
         room = min(ghcb.rbx, needed or 1) * PAGE_BYTES if ghcb.rbx else 0
         if room and not write_guest(machine, vcpu, ghcb.rax, blob.ljust(room, b"\0")):
             return INVALID_INPUT
-    return _forward(machine, vcpu, request, response)
+    return _forward(machine, vcpu, message, response)
 
 
 # vCPUs and VMPLs ------------------------------------------------------------------------------------------------------

@@ -124,6 +124,15 @@ def make_start_vcpu(before: StartVcpu) -> StartVcpu:
     return start_vcpu
 
 
+def keep_asleep(machine: Machine, vcpu: Vcpu) -> None:
+    """Before an entry: a vCPU without a save area is none to run, whatever woke it; it waits to be created again.
+
+    Source: Linux arch/x86/kvm/svm/sev.c (pre_sev_run; a destroyed vCPU is KVM_MP_STATE_STOPPED).
+    """
+    if vcpu.vmcb.vmsa_pa == NO_PAGE and vm_protocol(machine, vcpu).snp:
+        vcpu.halted = True
+
+
 def unmapped(machine: Machine, vcpu: Vcpu, exit_: CpuExit) -> None:
     """A nested page fault where no plugin has devices behind addresses: the VM ends."""
     machine.hypervisor.stop(machine, vcpu.vm_id, f"nested page fault at {exit_.exit_info_2:#x}")
@@ -153,4 +162,5 @@ def register(builder: PluginBuilder) -> None:
     builder.replace_slot("vmrun_enter", make_vmrun_enter)
     builder.replace_slot("inject_filter", make_inject_filter)
     builder.replace_slot("start_vcpu", make_start_vcpu)
+    builder.at_entry(keep_asleep)
     builder.exits.replace(ExitCode.NPF, make_npf, absent=unmapped)

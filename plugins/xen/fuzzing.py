@@ -10,16 +10,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sevlab.core.cpu import CONTROL_SEV_ES
-from sevlab.core.events import Party
+from sevlab.core.events import CpuExit, MemoryWrite, Party, SetRegisters, Space
 from sevlab.core.hypercall import CodeMode, code_mode
 from sevlab.core.oracle import Finding, Oracle, StateCounter, Target
 from sevlab.core.payload import Message, Payload
+from sevlab.core.svm import ExitCode
 from sevlab.core.vocabulary import spec_of
 from sevlab.plugins.xen import grants
+from sevlab.plugins.xen.arguments import HvFlush, HvFlushEx, HvSendIpiEx
 from sevlab.plugins.xen.dispatch import CLIPPED
 from sevlab.plugins.xen.hypercalls.event_channel import valid
 from sevlab.plugins.xen.hypercalls.table import TABLE
-from sevlab.plugins.xen.numbers import MEMOP_EXTENT_SHIFT, Nr
+from sevlab.plugins.xen.numbers import HYPERV_FLAG, MEMOP_EXTENT_SHIFT, HvCall, Nr
 from sevlab.plugins.xen.records import Hypercalled, HypercallStep
 from sevlab.plugins.xen.state import ChannelState, Domain, xen
 
@@ -165,6 +167,28 @@ class GrantInvariants:
         return ()
 
 
+PARAMETERS_GPA = 0x30000
+"""Where a guest puts the parameters of a Hyper-V call."""
+
+
+def _hyperv_seeds(_machine: Machine) -> tuple[tuple[Record, ...], ...]:
+    """An interrupt for two processors and a flush for them, by a sparse set of one bank; and a flush for all."""
+    bank = (0b11).to_bytes(8, "little")
+    calls = (
+        (HvCall.SEND_IPI_EX, HvSendIpiEx.build(vector=0x40, valid_bank_mask=1) + bank),
+        (HvCall.FLUSH_VIRTUAL_ADDRESS_SPACE_EX, HvFlushEx.build(valid_bank_mask=1) + bank),
+        (HvCall.FLUSH_VIRTUAL_ADDRESS_SPACE, HvFlush.build(flags=1)),
+    )
+    return tuple(
+        (
+            MemoryWrite(Party.GUEST, 0, Space.GPA, PARAMETERS_GPA, False, parameters),
+            SetRegisters(0, (("rax", HYPERV_FLAG), ("rcx", int(call)), ("rdx", PARAMETERS_GPA), ("r8", 0))),
+            CpuExit(0, ExitCode.VMMCALL, 0, 0, b"\x0f\x01\xd9", 0),
+        )
+        for call, parameters in calls
+    )
+
+
 ORACLES: tuple[Oracle, ...] = (RegisterClip(), ContinuationProgress(), ChannelInvariants(), GrantInvariants())
 
 TARGETS: tuple[Target, ...] = (
@@ -175,6 +199,16 @@ TARGETS: tuple[Target, ...] = (
         tuple(oracle.name for oracle in ORACLES),
         ("io", "xen"),
         "Hypercalls of a hostile guest in every ABI: any registers, structures and array lengths.",
+    ),
+    Target(
+        "hyperv",
+        Party.GUEST,
+        ("write", "registers", "exit", "race", "advance"),
+        tuple(oracle.name for oracle in ORACLES),
+        ("io", "xen"),
+        "Hyper-V's hypercalls of a hostile guest, as Xen serves them: sets of processors, flushes, interrupts.",
+        options={"xen": {"start": "long", "viridian": True}},
+        seeds=_hyperv_seeds,
     ),
 )
 

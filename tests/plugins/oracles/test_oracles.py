@@ -1,9 +1,20 @@
 from __future__ import annotations
 
 import pytest
-from sevlab.core.events import AdvanceClock, CpuExit, MemoryWrite, Party, Space
+from sevlab.core.events import (
+    AdvanceClock,
+    AspCommand,
+    AspStatus,
+    CpuExit,
+    Injected,
+    MemoryWrite,
+    Party,
+    Space,
+    VmExit,
+)
 from sevlab.core.memory import guest_tag
 from sevlab.core.oracle import Finding, OracleSink
+from sevlab.core.svm import EVENT_VALID, ExitCode
 from sevlab.core.testing import make_machine
 from sevlab.core.vocabulary import Outcome
 from sevlab.fuzz.runner import Runner
@@ -11,9 +22,11 @@ from sevlab.fuzz.targets import target_named
 from sevlab.plugins import oracles
 from sevlab.plugins.oracles import OwnerTaint, SingleFetch, StepBudget
 from sevlab.plugins.oracles.budget import MAX_FETCHES, MAX_RECORDS
+from sevlab.plugins.sev import Command
 from sevlab.plugins.sev.fuzzing import ContextInvariants, ResourceBalance
 from sevlab.plugins.sev_es import Ghcb, NaeCode, Vmgexit
-from sevlab.plugins.sev_es.fuzzing import GHCB_GPA, PrivateMmio, VcProvenance, VcpuInvariants
+from sevlab.plugins.sev_es.fuzzing import GHCB_GPA
+from sevlab.plugins.sev_es.oracles import EventProvenance, PrivateMmio, VcProvenance, VcpuInvariants
 from sevlab.plugins.sev_es.records import GhcbRequest, VcDelivered
 
 NOTHING = Outcome(())
@@ -25,6 +38,7 @@ ALL = (
     VcpuInvariants(),
     VcProvenance(),
     PrivateMmio(),
+    EventProvenance(),
 )
 
 
@@ -110,9 +124,38 @@ def test_xcr0_must_be_possible(xcr0, wrong, ghcb):
     assert rules(found) == ({("sev_es.vcpu", "xcr0")} if wrong else set())
 
 
-def test_a_vcpu_runs_with_a_save_area(ghcb):
-    ghcb.machine.vcpus[0].vmcb.vmsa_pa = (1 << 64) - 1
-    assert rules(VcpuInvariants().step_end(ghcb.machine, CPUID, NOTHING)) == {("sev_es.vcpu", "vmsa")}
+@pytest.mark.parametrize("spa", [0, 0x1234, (1 << 64) - 1])
+def test_a_vcpu_runs_with_a_save_area(spa, ghcb):
+    vcpu, oracle = ghcb.machine.vcpus[0], VcpuInvariants()
+    vcpu.vmcb.vmsa_pa = spa
+    assert rules(oracle.step_end(ghcb.machine, CPUID, NOTHING)) == {("sev_es.vcpu", "vmsa")}
+    vcpu.halted = True
+    assert oracle.step_end(ghcb.machine, CPUID, NOTHING) == ()
+    tried = Outcome((VmExit(0, ExitCode.INVALID, 0, 0),))
+    assert rules(oracle.step_end(ghcb.machine, CPUID, tried)) == {("sev_es.vcpu", "vmsa")}
+
+
+@pytest.mark.parametrize(("cpl", "code", "wrong"), [(3, 0x7B, True), (0, 0x7B, False), (3, 0x72, False)])
+def test_user_space_gets_no_port(cpl, code, wrong):
+    machine = Runner(target_named("vc")).machine
+    machine.vcpus[0].system.cpl = cpl
+    step = CpuExit(0, code, 0, 0, {0x7B: b"\xee", 0x72: b"\x0f\xa2"}[code], 0)
+    outcome = Outcome((VcDelivered(0, code), GhcbRequest(0, code, 0, 0, bytes(16), (), b"")))
+    assert rules(VcProvenance().step_end(machine, step, outcome)) == (
+        {("sev_es.provenance", "privilege")} if wrong else set()
+    )
+
+
+@pytest.mark.parametrize(("asked", "arrived", "wrong"), [(0x80, 0x80, False), (0x80, 0x480, True), (0x80, 0x21, False)])
+def test_an_event_arrives_as_what_it_was_injected_as(asked, arrived, wrong, ghcb):
+    machine, oracle = ghcb.machine, EventProvenance()
+    machine.vcpus[0].vmcb.event_inj = EVENT_VALID | asked
+    assert oracle.step_end(machine, CPUID, NOTHING) == ()
+    machine.vcpus[0].vmcb.event_inj = 0
+    outcome = Outcome((Injected(0, EVENT_VALID | arrived),))
+    assert bool(oracle.step_end(machine, CPUID, outcome)) is wrong
+    assert oracle.step_end(machine, CPUID, outcome) == ()
+    assert oracle.sequence_end(machine) == ()
 
 
 @pytest.mark.parametrize(("insn", "wrong"), [(b"\x0f\xa2", False), (b"\x90", True)])
@@ -141,6 +184,15 @@ def test_contexts_and_balance_see_what_does_not_agree():
     assert ContextInvariants().step_end(machine, CPUID, NOTHING) == ()
     sev.tmr.checksums[0x1000] = 1
     assert rules(ResourceBalance().sequence_end(machine)) == {("sev.balance", "tmr")}
+
+
+@pytest.mark.parametrize(("handle", "status", "wrong"), [(1, 0, True), (1, 3, False), (9, 0, False)])
+def test_a_decommissioned_guest_is_gone(handle, status, wrong):
+    machine = Runner(target_named("sev.commands")).machine
+    assert 1 in machine.components["sev"].guests
+    step = AspCommand("sev", Command.DECOMMISSION, 0, handle.to_bytes(4, "little"))
+    found = ResourceBalance().step_end(machine, step, Outcome((AspStatus(Command.DECOMMISSION, status, b""),)))
+    assert rules(found) == ({("sev.balance", "context")} if wrong else set())
 
 
 def test_buffers_are_checked_by_the_sink(ghcb):
