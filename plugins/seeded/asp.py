@@ -156,9 +156,9 @@ def receive_ctx_leak(plan: Planter, mark: Mark) -> None:
 
 
 BUGS = (
-    Bug("S19", "legacy-cmd-on-snp", 50, "architecture", legacy_cmd_on_snp, stateful=True),
-    Bug("S22", "reply-not-cleared", 55, "taint", reply_not_cleared, stateful=True),
+    Bug("S19", "legacy-cmd-on-snp", 50, "snp.firmware-writes", legacy_cmd_on_snp, stateful=True),
+    Bug("S22", "reply-not-cleared", 55, "invariant", reply_not_cleared, stateful=True),
     Bug("S23", "pdh-offcurve", 49, "invariant", pdh_offcurve),
-    Bug("S24", "receive-ctx-leak", 14, "resources", receive_ctx_leak, stateful=True),
+    Bug("S24", "receive-ctx-leak", 14, "sev.balance", receive_ctx_leak, stateful=True),
 )
 """Those of this file."""

@@ -221,7 +221,7 @@ BUGS = (
     Bug("S03", "exitcode-refetch", 3, "single-fetch", exitcode_refetch, contexts=True),
     Bug("S04", "scratch-refetch", 4, "single-fetch", scratch_refetch, contexts=True),
     Bug("S06", "resethold-unmapped", 6, "crash", resethold_unmapped, stateful=True, contexts=True),
-    Bug("S07", "xcr0-unchecked", 7, "architecture", xcr0_unchecked),
+    Bug("S07", "xcr0-unchecked", 7, "sev_es.vcpu", xcr0_unchecked),
     Bug("S09", "stale-regs", 10, "non-interference", stale_regs, stateful=True),
 )
 """Those of this file."""

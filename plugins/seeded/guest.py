@@ -135,9 +135,9 @@ def mmio_private_leak(plan: Planter, mark: Mark) -> None:
 
 
 BUGS = (
-    Bug("S14", "user-io-unchecked", 31, "provenance", user_io_unchecked),
-    Bug("S15", "vc-no-opcode", 32, "provenance", vc_no_opcode, contexts=True),
-    Bug("S16", "int80-injected", 33, "provenance", int80_injected, contexts=True),
-    Bug("S17", "mmio-private-leak", 34, "taint", mmio_private_leak, stateful=True, contexts=True),
+    Bug("S14", "user-io-unchecked", 31, "sev_es.provenance", user_io_unchecked),
+    Bug("S15", "vc-no-opcode", 32, "sev_es.provenance", vc_no_opcode, contexts=True),
+    Bug("S16", "int80-injected", 33, "sev_es.event", int80_injected, contexts=True),
+    Bug("S17", "mmio-private-leak", 34, "sev_es.private-mmio", mmio_private_leak, stateful=True, contexts=True),
 )
 """Those of this file."""

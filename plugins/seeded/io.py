@@ -113,7 +113,7 @@ def x2apic_window(plan: Planter, mark: Mark) -> None:
 
 
 BUGS = (
-    Bug("S10", "io-size-uninit", 18, "taint", io_size_uninit, stateful=True),
+    Bug("S10", "io-size-uninit", 18, "invariant", io_size_uninit, stateful=True),
     Bug("S11", "rep-mmio-edge", 19, "invariant", rep_mmio_edge),
     Bug("S12", "x2apic-window", 20, "invariant", x2apic_window),
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.buffers import CheckedBuffer
 from sevlab.core.memory import TAG_PUBLIC
-from sevlab.core.units import PAGE_BYTES, PAGE_MASK
+from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
 from sevlab.plugins.seeded.planting import Bug
 from sevlab.plugins.sev import Command, Status
 from sevlab.plugins.sev_es import GuestReply, NaeCode, Outcome, PageExit, Reply, VcResult
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from sevlab.plugins.sev_es import Ghcb, Scratch, VcHandler
 
 AP_DESTROY = 2
+INVALID_PAGE = MASK64 & -PAGE_BYTES
+"""What stands for "no page" in the faulty hypervisor."""
 ENTRY_BYTES = 8
 
 
@@ -66,7 +68,7 @@ def psc_wrong_bound(plan: Planter, mark: Mark) -> None:
 
 
 def destroy_then_run(plan: Planter, mark: Mark) -> None:
-    """A vCPU whose save area was taken away stays in the scheduler's hands.
+    """A vCPU whose save area was taken away stays in the scheduler's hands, with an address that is none.
 
     Source: Linux arch/x86/kvm/svm/sev.c (pre_sev_run refuses a vCPU whose VMSA address is invalid).
     """
@@ -81,7 +83,7 @@ def destroy_then_run(plan: Planter, mark: Mark) -> None:
             if target is not None and not reply.info_1 and ghcb.sw_exit_info_1 & 0xFFFF == AP_DESTROY:
                 mark.reached()
                 if ran and target.halted and mark.triggers():
-                    target.halted = False
+                    target.halted, target.vmcb.vmsa_pa = False, INVALID_PAGE
             return reply
 
         return handler
@@ -199,9 +201,9 @@ def gctx_confusion(plan: Planter, mark: Mark) -> None:
 
 BUGS = (
     Bug("S05", "psc-wrong-bound", 5, "invariant", psc_wrong_bound),
-    Bug("S08", "destroy-then-run", 8, "architecture", destroy_then_run, stateful=True, contexts=True),
-    Bug("S18", "psc-backwards", 37, "architecture", psc_backwards, stateful=True, contexts=True),
+    Bug("S08", "destroy-then-run", 8, "sev_es.vcpu", destroy_then_run, stateful=True, contexts=True),
+    Bug("S18", "psc-backwards", 37, "snp.psc", psc_backwards, stateful=True, contexts=True),
     Bug("S20", "greq-length", 51, "invariant", greq_length, stateful=True),
-    Bug("S21", "gctx-confusion", 53, "architecture", gctx_confusion, stateful=True),
+    Bug("S21", "gctx-confusion", 53, "snp.contexts", gctx_confusion, stateful=True),
 )
 """Those of this file."""

@@ -10,7 +10,7 @@ from sevlab.core.events import AspCommand, CpuExit, MemoryWrite, Party, Race, Sc
 from sevlab.core.exitinfo import ioio_word
 from sevlab.core.svm import ExitCode, NpfError
 from sevlab.core.testing import make_machine
-from sevlab.plugins import seeded
+from sevlab.plugins import oracles, seeded
 from sevlab.plugins.seeded.asp import LAYOUTS
 from sevlab.plugins.sev import Command, GuestState, Policy, launch_guest
 from sevlab.plugins.sev import driver as sev_driver
@@ -32,7 +32,7 @@ APIC_ICR_LOW, APIC_ICR_HIGH = 0xFEE0_0300, 0xFEE0_0310
 INIT_MESSAGE, STARTUP_MESSAGE = 0x4500, 0x4608
 APIC_BASE_X2APIC = 0xFEE0_0D00
 OUTS = {width: ioio_word(0x80, width, is_in=False, string=True, rep=True) for width in (1, 4)}
-GIVEN = {"seeded": seeded}
+GIVEN = {"seeded": seeded, "oracles": oracles}
 
 
 # SEV-ES -------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,8 @@ def command(machine, number, spa, **fields):
 
 def s22(machine):
     owner = world_of(machine).reach(GuestState.LUPDATE)
-    owner.run(Command.LAUNCH_MEASURE, handle=owner.handle, spa=owner.place(6), length=0x200)
+    buffer = LAYOUTS[Command.LAUNCH_MEASURE].build(handle=owner.handle, spa=owner.place(6), length=0x200)
+    machine.apply(AspCommand("sev", Command.LAUNCH_MEASURE, owner.place(0), buffer))
 
 
 def s23(machine):
