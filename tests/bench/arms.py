@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from random import Random
 
-from sevlab.fuzz.builtin_engine import BuiltinEngine
 from sevlab.fuzz.engine import Budget
+from sevlab.fuzz.paired import Paired
 from sevlab.plugins.seeded import seeded_state
 
 MAX_RANDOM_BYTES = 1024
@@ -23,7 +24,7 @@ class Canaries:
     def __init__(self):
         self.reached = {}
         self.triggered = {}
-        self.start = 0.0
+        self.trial = None
 
     def step_end(self, machine, step, outcome):
         return ()
@@ -33,15 +34,21 @@ class Canaries:
             for name, counts in seeded_state(machine).canaries.items():
                 for count, seen in ((counts.reached, self.reached), (counts.triggered, self.triggered)):
                     if count and name not in seen:
-                        seen[name] = time.process_time() - self.start
+                        seen[name] = self.trial.spent
         return ()
 
 
 class Trial:
-    """One arm's run; `told(run)` returns False when it is over. CPU seconds count from `begin`."""
+    """One arm's run on one machine; CPU seconds count from `begin`.
 
-    def __init__(self, runner, budget, seed, done):
-        self.runner, self.budget, self.seed, self.done = runner, budget, seed, done
+    `done(trial)` says that nothing more can be seen, `save(trial)` keeps the result. The paired oracles are asked as in
+    a campaign: for every input that reached something new, and for every 64th other one.
+    """
+
+    def __init__(self, runner, engine, budget, seed, done, save):
+        self.runner, self.engine, self.budget, self.seed = runner, engine, budget, seed
+        self._done, self._save = done, save
+        self._paired = Paired(runner)
         self.runs = 0
         self.detected = None
         self.by = ""
@@ -54,18 +61,26 @@ class Trial:
     def spent(self):
         return time.process_time() - self.start
 
-    def take(self, run):
+    def take(self, steps, run):
+        """Take the result of an input; False, and everything is saved, when the trial is over."""
         self.runs += 1
-        if run.findings and self.detected is None:
-            self.detected, self.by = self.spent, f"{run.findings[0].oracle}:{run.findings[0].rule}"
-        return self.spent < self.budget and not self.done(self)
+        if self.detected is None:
+            findings = run.findings
+            if not findings and (run.new or not self.runs % Paired.EVERY):
+                findings = self._paired.judge(steps)
+            if findings:
+                self.detected, self.by = self.spent, f"{findings[0].oracle}:{findings[0].rule}"
+        if self.spent < self.budget and not self._done(self):
+            return True
+        self._save(self)
+        return False
 
     def run(self, steps):
-        return self.take(self.runner.run(steps))
+        return self.take(steps, self.runner.run(steps))
 
 
 def random_bytes(trial):
-    """P0: bytes by chance."""
+    """P0: bytes by chance, decoded as any input."""
     rng = Random(trial.seed)
     while trial.run(trial.runner.codec.decode(rng.randbytes(rng.randint(1, MAX_RANDOM_BYTES)))):
         pass
@@ -117,34 +132,40 @@ def hypothesis_stateful(trial):
 
 
 def ours(trial, *, seeds=True):
-    """P3: the campaign's loop, guided by states."""
+    """P3: the engine that a campaign uses here, with its seeds, its mutator and its state counters."""
     runner = trial.runner
     corpus = [runner.codec.encode(steps) for steps in runner.seeds()] if seeds else []
+
+    def told(steps, run):
+        if trial.take(steps, run):
+            return True
+        os._exit(0)  # libFuzzer does not return
+
     trial.begin()
-    BuiltinEngine().fuzz(runner, corpus, Budget(seed=trial.seed), lambda _steps, run: trial.take(run))
+    trial.engine.fuzz(runner, corpus, Budget(seed=trial.seed), told)
 
 
 def without_states(trial):
-    """P3 whose feedback never says that anything is new."""
+    """P3 to which nothing about states is new: code coverage alone, where the engine has that."""
     trial.runner.feedback.step = lambda _step, _outcome: 0
     ours(trial)
 
 
 def without_grammar(trial):
     """P3 that changes bytes, not steps."""
-    runner, rng = trial.runner, Random(trial.seed)
-    kept = [runner.codec.encode(steps) for steps in runner.seeds()] or [b"\0"]
-    trial.begin()
-    going = True
-    while going:
-        data = bytearray(rng.choice(kept))
+    rng = Random(trial.seed)
+
+    def mutate(data):
+        changed = bytearray(data)
         for _ in range(rng.randint(1, 4)):
-            place = rng.randrange(len(data) + 1)
-            data[place : place + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 3))
-        run = runner.run(runner.codec.decode(bytes(data)), learn=True)
-        if run.new and data:
-            kept.append(bytes(data))
-        going = trial.take(run)
+            place = rng.randrange(len(changed) + 1)
+            changed[place : place + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 3))
+        return bytes(changed)
+
+    codec, mutator = trial.runner.codec, trial.runner.mutator
+    mutator.mutate = lambda steps: codec.decode(mutate(codec.encode(steps)))
+    mutator.crossover = lambda first, _second: first
+    ours(trial)
 
 
 def without_seeds(trial):

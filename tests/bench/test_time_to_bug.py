@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.bench.survival import a12, bootstrap, kaplan_meier, mean_ratio, restricted_mean
-from tests.bench.time_to_bug import TARGET_OF, main, open_database
+from tests.bench.survival import (
+    a12,
+    bootstrap,
+    censored,
+    holm,
+    kaplan_meier,
+    log_rank,
+    mann_whitney,
+    mann_whitney_u,
+    mean_ratio,
+    restricted_mean,
+)
+from tests.bench.time_to_bug import TARGET_OF, main, open_database, page, read_raw
 
 
 def test_the_curve_falls_by_the_share_of_those_at_risk():
@@ -31,6 +44,45 @@ def test_the_mean_of_ratios_is_geometric_and_its_interval_holds_it():
     assert high == pytest.approx(4)
 
 
+def weeks(words):
+    """Times of remission as they are printed: a plus is a patient who was observed so long."""
+    return [(int(word.rstrip("+")), not word.endswith("+")) for word in words.split()]
+
+
+def test_log_rank_of_the_remissions_under_6_mp():
+    """Source: Freireich and others 1963, as in Cox 1972; 16.79 is what every textbook of survival analysis has."""
+    treated = weeks("6 6 6 6+ 7 9+ 10 10+ 11+ 13 16 17+ 19+ 20+ 22 23 25+ 32+ 32+ 34+ 35+")
+    placebo = weeks("1 1 2 2 3 4 4 5 5 8 8 8 8 11 11 12 12 15 17 22 23")
+    chi_square, p = log_rank(treated, placebo)
+    assert chi_square == pytest.approx(16.79, abs=0.005)
+    assert p == pytest.approx(4.17e-5, abs=1e-7)
+
+
+def test_mann_whitney_of_the_permeability_of_placental_membranes():
+    """Source: Hollander and Wolfe 1973, p. 69: W 35, one-sided p 0.1272."""
+    at_term = [0.80, 0.83, 1.89, 1.04, 1.45, 1.38, 1.91, 1.64, 0.73, 1.46]
+    early = [1.15, 0.88, 0.90, 0.74, 1.21]
+    assert mann_whitney_u(at_term, early) == 35
+    assert mann_whitney(at_term, early) == pytest.approx(0.2544, abs=5e-5)
+
+
+def test_mann_whitney_at_its_ends():
+    assert mann_whitney([1, 2, 3], [4, 5, None]) == pytest.approx(2 / 20)
+    assert mann_whitney([None] * 3, [None] * 3) == 1
+    assert log_rank(censored([None] * 3, 9), censored([None] * 3, 9)) == (0, 1)
+
+
+def test_holm_adjusts_in_order():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_the_page_is_what_the_raw_data_says():
+    root = Path(__file__).parents[2]
+    raw = root / "tests/bench/data/time_to_bug.csv"
+    assert (root / "docs/benchmark.md").read_text() == page(read_raw(raw), raw.name)
+
+
 def test_every_bug_has_a_target():
     assert sorted(TARGET_OF) == [f"S{number:02}" for number in range(1, 25)]
 
@@ -45,5 +97,9 @@ def test_a_small_benchmark_runs_resumes_and_reports(tmp_path):
     rows = database.execute("select * from trial order by 1, 2, 3, 4, 5").fetchall()
     main(words)
     assert database.execute("select * from trial order by 1, 2, 3, 4, 5").fetchall() == rows
-    main(["report", "--database", str(tmp_path / "b.sqlite"), "--output", str(tmp_path / "page.md")])
-    assert "| S13 hcall-mask |" in (tmp_path / "page.md").read_text()
+    places = ["--output", str(tmp_path / "page.md"), "--raw", str(tmp_path / "raw.csv")]
+    main(["report", "--database", str(tmp_path / "b.sqlite"), *places])
+    written = (tmp_path / "page.md").read_text()
+    assert "| S13 hcall-mask |" in written
+    main(["report", "--database", str(tmp_path / "none.sqlite"), *places])
+    assert (tmp_path / "page.md").read_text() == written
