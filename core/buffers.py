@@ -272,18 +272,18 @@ class SharedBuffer:
             raise _overrun("shared write", offset, width_bytes, self.size)
         self._memory.write(self.spa + offset, value.to_bytes(width_bytes, "little"), self.key, self.tag)
 
-    def write_words(self, words: Words, *values: int | None) -> None:
+    def write_words(self, words: Words, values: tuple[int | None, ...]) -> None:
         """Store the numbers at the places of `words`, and its fixed bytes, as `write` does each."""
         if words.end > self.size:
             raise _overrun("shared write", words.end, 0, self.size)
         if not self._one_page or self._offset:
             image = bytearray(words.end)
-            words.store(image, *values)
+            words.store(image, values)
             for place in words.places:
                 self.write(place.start, bytes(image[place]))
             return
         page = self._memory.writable(self._pfn, self.key)
-        words.store(page.data, *values)
+        words.store(page.data, values)
         tag = self.tag
         if page.tags is not None:
             tags, own = page.own_tags(), _uniform(tag)
@@ -304,7 +304,7 @@ class Words:
 
     def __init__(self, offsets: tuple[int | None, ...], fixed: tuple[tuple[int, bytes], ...] = ()) -> None:
         names = [f"value_{number}" for number in range(len(offsets))]
-        lines = [f"def store(content{''.join(f', {name}' for name in names)}):"]
+        lines = ["def store(content, values):", f"    [{', '.join(names)}] = values"]
         places: list[slice] = []
         runs: list[list[str]] = []
         for name, offset in zip(names, offsets, strict=True):  # numbers that lie in a row take one call

@@ -113,10 +113,10 @@ def write_reply(machine: Machine, vcpu: Vcpu, window: SharedBuffer, code: int, r
     given = rax is not None, rcx is not None, rdx is not None, rbx is not None
     if more:
         words, valid = _answer(given, tuple(name for name, _ in more))
-        window.write_words(words, rax, rcx, rdx, rbx, *(value for _, value in more), info_1, info_2)
+        window.write_words(words, (rax, rcx, rdx, rbx, *(value for _, value in more), info_1, info_2))
     else:
         words, valid = ANSWERS[given]
-        window.write_words(words, rax, rcx, rdx, rbx, info_1, info_2)
+        window.write_words(words, (rax, rcx, rdx, rbx, info_1, info_2))
     machine.emit(
         _record(GhcbReply, (vcpu.vcpu_id, code, info_1, info_2, rax or 0, rbx or 0, rcx or 0, rdx or 0, valid, data))
     )

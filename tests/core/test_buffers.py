@@ -149,7 +149,7 @@ def test_words_are_written_as_single_writes_are(spa, uniform):
         memory.mark()
         window = SharedBuffer(SharedFetches(memory), spa, 4096, None, TAG_HYPERVISOR)
         if at_once:
-            window.write_words(words, *numbers)
+            window.write_words(words, tuple(numbers))
         else:
             for offset, value in singly:
                 window.write_uint(offset, 8, value)
@@ -165,7 +165,7 @@ def test_words_are_written_as_single_writes_are(spa, uniform):
 def test_words_outside_are_a_violation_and_nothing_is_written(shared, words):
     before = shared.read(0, 4096)
     with pytest.raises(InvariantViolation, match="buffer"):
-        shared.write_words(words, 7)
+        shared.write_words(words, (7,))
     assert shared.read(0, 4096) == before
 
 

@@ -300,7 +300,7 @@ def store(memory: Memory, spa: int, data: bytearray, tag: int, *, by_words: bool
         if (spa & 4095) + 8 <= 4096:
             del data[8:]
             window = SharedBuffer(SharedFetches(memory), page, 4096, None, tag)
-            window.write_words(words, None, int.from_bytes(data, "little"))
+            window.write_words(words, (None, int.from_bytes(data, "little")))
             return
     memory.write(spa, data, None, tag)
 
