@@ -262,9 +262,11 @@ def _quoted(name):
     return f'"{name}"'
 
 
-def page(database, raw):
-    """The report on the trials in `database`; `raw` is the name of the file that holds them."""
-    lines = [HEAD.format(raw=raw)]
+def page(raw):
+    """The report on the trials in the file `raw`; a text of the same name beside it says what trials they are."""
+    database, note = read_raw(raw), raw.with_suffix(".md")
+    lines = [HEAD.format(raw=raw.name)]
+    lines += ["## These trials", "", note.read_text().strip(), ""] if note.exists() else []
     for mode in ("live", "watch"):
         budgets = database.execute("select distinct budget from trial where mode=? order by 1 desc", (mode,)).fetchall()
         for (budget,) in budgets:
@@ -282,7 +284,7 @@ def report(options):
     raw = Path(options.raw)
     if Path(options.database).exists():
         write_raw(open_database(options.database), raw)
-    Path(options.output).write_text(page(read_raw(raw), raw.name))
+    Path(options.output).write_text(page(raw))
 
 
 def main(arguments=None):
