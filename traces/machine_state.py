@@ -16,7 +16,9 @@ from typing import Any
 import msgpack
 from sevlab.core.errors import TraceFormatError
 from sevlab.core.machine import Snapshot
+from sevlab.core.pages import PageImage
 from sevlab.core.state import StateDict, Stateful, StateImage
+from sevlab.core.units import PAGE_BYTES
 
 IMAGE, MEMBER, NAMED, NUMBER, FRESH, KEPT = 1, 2, 3, 4, 5, 6
 """Extension types: [class, values] of a state object, [class, value] of an enumeration, [class, values] of a named
@@ -51,6 +53,26 @@ def unpack_snapshot(data: bytes, before: Snapshot | None = None) -> Snapshot:
     if not isinstance(snapshot, Snapshot):
         raise TraceFormatError(f"machine state: expected a snapshot, found {type(snapshot).__name__}")
     return snapshot
+
+
+def pack_pages(pages: tuple[tuple[int, PageImage], ...]) -> bytes:
+    """The bytes of a part of a memory's pages."""
+    return _pack(pages)
+
+
+def unpack_pages(data: bytes) -> tuple[tuple[int, PageImage], ...]:
+    """The pages of `pack_pages`. Raises `TraceFormatError` for anything else."""
+    try:
+        pages = _unpack(data)
+        right = all(
+            type(pfn) is int and type(page) is PageImage and len(page.data) == PAGE_BYTES and page.tags
+            for pfn, page in pages
+        )
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise TraceFormatError(f"pages: {type(error).__name__}: {error!s:.200}") from error
+    if not right:
+        raise TraceFormatError("pages: expected numbers and pages of 4096 bytes")
+    return tuple(pages)
 
 
 def without_components(data: bytes, plugins: Collection[str]) -> bytes:

@@ -20,11 +20,13 @@ from sevlab.core.events import Party
 from sevlab.core.machine import Machine, Snapshot
 from sevlab.core.units import MASK64
 from sevlab.core.vocabulary import Outcome, Record
-from sevlab.traces.machine_state import pack_snapshot
-from sevlab.traces.records import End, Found, Mark, Reset, State, Unwritable, Violation
+from sevlab.traces.machine_state import pack_pages, pack_snapshot
+from sevlab.traces.records import End, Found, Mark, Pages, Reset, State, Unwritable, Violation
 from sevlab.traces.schema import NO_VCPU, Entry, Header, PluginVersion
 from sevlab.traces.writer import TraceWriter
 
+PAGES_IN_STATE = 1024
+"""More are written in records of so many: a block of a trace has a limit."""
 REPLACED = ("apply", "reset", "restore", "mark")
 
 
@@ -164,14 +166,22 @@ class Recorder:
             self._write_state(now)
 
     def _write_state(self, snapshot: Snapshot | None) -> None:
+        """The state, and in records of their own the pages that it has besides when they are many."""
+        whole = snapshot or self.machine.snapshot()
+        pages = whole.memory.pages
+        many = len(pages) > PAGES_IN_STATE
+        head = whole._replace(memory=whole.memory._replace(pages=())) if many else whole
         try:
-            state: Record = State(pack_snapshot(snapshot or self.machine.snapshot(), self._known))
+            state: Record = State(pack_snapshot(head, self._known))
         except TraceFormatError as error:  # what follows will replay from another state, and say so
             state = Unwritable(str(error))
         self._write(state)
+        for start in range(0, len(pages) if many else 0, PAGES_IN_STATE):
+            part = Pages(pack_pages(pages[start : start + PAGES_IN_STATE]))
+            self._begin().append(Entry(self._time_ns(), NO_VCPU, part, ()))
 
     def _write(self, step: Record, outcome: tuple[Record, ...] = ()) -> None:
-        time_ns = self.machine.clock.tsc * 1_000_000_000 // TSC_HZ & MASK64
+        time_ns = self._time_ns()
         writer = self._begin()
         try:
             writer.append(Entry(time_ns, vcpu_of(step), step, outcome))
@@ -179,6 +189,9 @@ class Recorder:
             writer.append(Entry(time_ns, NO_VCPU, Unwritable(str(error)), ()))
         else:
             self._known = self._snapshot()
+
+    def _time_ns(self) -> int:
+        return self.machine.clock.tsc * 1_000_000_000 // TSC_HZ & MASK64
 
     def close(self) -> None:
         """Stop recording and close the trace; the machine is as it was, a machine without a step leaves no file."""

@@ -31,6 +31,16 @@ class State(NamedTuple):
     snapshot: Input[bytes]
 
 
+@step("trace.pages", Boundary.SCHEDULER)
+class Pages(NamedTuple):
+    """Pages of a state that is too large for one record: they follow it and belong to it.
+
+    `pages` is the part of the snapshot's memory, in the form of `traces.machine_state`.
+    """
+
+    pages: Input[bytes]
+
+
 @step("trace.end", Boundary.SCHEDULER)
 class End(NamedTuple):
     """The sequence is over, and the oracles look at the whole of it."""
@@ -68,5 +78,5 @@ class Found(NamedTuple):
     state: Derived[str]
 
 
-TRACE_RECORDS: tuple[type, ...] = (Reset, Mark, State, End, Unwritable, Violation, Found)
+TRACE_RECORDS: tuple[type, ...] = (Reset, Mark, State, Pages, End, Unwritable, Violation, Found)
 """All kinds of this module; part of the vocabulary of every trace."""

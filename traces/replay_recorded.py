@@ -15,9 +15,9 @@ from sevlab.core.oracle import Oracle, OracleSink
 from sevlab.core.plugins import load
 from sevlab.core.vocabulary import Record, spec_of
 from sevlab.traces.compare import Difference, first_difference
-from sevlab.traces.machine_state import unpack_snapshot
+from sevlab.traces.machine_state import unpack_pages, unpack_snapshot
 from sevlab.traces.reader import TraceReader
-from sevlab.traces.records import End, Found, Mark, Reset, State, Unwritable, Violation
+from sevlab.traces.records import End, Found, Mark, Pages, Reset, State, Unwritable, Violation
 from sevlab.traces.schema import Entry, Header
 
 
@@ -85,10 +85,20 @@ def _end(machine: Machine, _step: Any) -> None:
         machine.sink.sequence_end(machine)
 
 
+def _put_pages(machine: Machine, step: Any) -> None:
+    try:
+        image = machine.memory.capture()
+        pages = dict(image.pages) | dict(unpack_pages(step.pages))
+        machine.memory.restore(image._replace(pages=tuple(pages.items())))
+    except KeyError as error:
+        raise TraceFormatError(f"pages: no memory key {error} in the state that they belong to") from error
+
+
 CONTROLS: Mapping[type, Callable[[Machine, Any], None]] = {
     Reset: lambda machine, _step: machine.reset(),
     Mark: lambda machine, _step: machine.mark(),
     State: lambda machine, step: machine.restore(unpack_snapshot(step.snapshot, machine.snapshot())),
+    Pages: _put_pages,
     End: _end,
     Unwritable: lambda _machine, _step: None,
 }

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import sevlab_stranger as stranger
 from sevlab.core.errors import TraceFormatError
+from sevlab.core.pages import PageImage
 from sevlab.core.testing import make_machine
-from sevlab.traces.machine_state import pack_snapshot, unpack_snapshot, without_components
+from sevlab.traces.machine_state import pack_pages, pack_snapshot, unpack_pages, unpack_snapshot, without_components
 
 GIVEN = {"stranger": stranger}
 
@@ -31,3 +32,11 @@ def test_a_state_in_which_nothing_changed_stays_as_it_is():
 def test_what_is_no_snapshot_is_refused():
     with pytest.raises(TraceFormatError, match="expected a snapshot, found int"):
         without_components(b"\x05", ())
+
+
+def test_pages_come_back_and_what_is_none_is_refused():
+    page = PageImage(None, bytes(4096), b"\x04")
+    assert unpack_pages(pack_pages(((7, page),))) == ((7, page),)
+    for wrong in (b"\x05", pack_pages(((7, page._replace(data=b"x")),)), pack_pages(((7, page._replace(tags=b"")),))):
+        with pytest.raises(TraceFormatError):
+            unpack_pages(wrong)

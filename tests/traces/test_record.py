@@ -15,12 +15,13 @@ from sevlab.core.errors import ConfigError, InvariantViolation, PluginError, Tra
 from sevlab.core.hookspecs import hookimpl
 from sevlab.core.machine import Machine
 from sevlab.core.oracle import Finding, OracleSink
+from sevlab.core.pages import PageImage
 from sevlab.core.testing import make_machine, step_strategy
-from sevlab.traces.machine_state import pack_snapshot, unpack_snapshot
+from sevlab.traces.machine_state import pack_pages, pack_snapshot, unpack_snapshot
 from sevlab.traces.reader import TraceReader
 from sevlab.traces.record import Recorder, recording
-from sevlab.traces.records import End, Found, Mark, Reset, State, Unwritable, Violation
-from sevlab.traces.replay_recorded import replay_recorded
+from sevlab.traces.records import End, Found, Mark, Pages, Reset, State, Unwritable, Violation
+from sevlab.traces.replay_recorded import machine_of, perform, replay_recorded
 from sevlab.traces.schema import vocabulary_of
 
 VOCABULARY = make_machine("sme", "io").vocabulary
@@ -378,3 +379,27 @@ def test_recordings_of_whole_folders_of_tests_replay(tmp_path: Path):
     assert all("no plugin" in error or "is a plugin missing" in error for error in missing)
     patched = {"test_a_sink_turns_a_violation", "test_a_violation_leaves_apply"}  # they put a handler into the tables
     assert all(any(name in path for name in patched) for path in diverging), diverging
+
+
+def test_a_state_of_many_pages_is_split_and_replays(tmp_path):
+    machine = make_machine("sme")
+    target = tmp_path / "large.sevtrace"
+    with Recorder(machine, target) as recorder:
+        for pfn in range(3000):
+            machine.memory.write(pfn << 12, pfn.to_bytes(4, "little"), None, 4)
+        recorder.settle()
+        machine.apply(ev.AdvanceClock(5))
+    with TraceReader(target) as reader:
+        steps = [entry.step for _, entry in reader.numbered()]
+        assert [type(step) for step in steps] == [State, Pages, Pages, Pages, ev.AdvanceClock]
+        replayed = machine_of(reader.header)
+        for step in steps:
+            perform(replayed, step)
+        assert replay_recorded(reader).divergences == ()
+    assert replayed.snapshot() == machine.snapshot()
+
+
+def test_pages_under_a_key_that_is_not_there_are_refused():
+    page = PageImage(7, bytes(4096), b"\x01")
+    with pytest.raises(TraceFormatError, match="no memory key 7"):
+        perform(make_machine("sme"), Pages(pack_pages(((1, page),))))
