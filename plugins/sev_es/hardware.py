@@ -12,7 +12,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sevlab.core.builder import Msr
-from sevlab.core.cpu import CONTROL_NESTED_PAGING, CONTROL_SEV, CONTROL_SEV_ES, FaultUnwind, illegal_state, leave_guest
+from sevlab.core.cpu import (
+    CONTROL_NESTED_PAGING,
+    CONTROL_SEV,
+    CONTROL_SEV_ES,
+    FaultUnwind,
+    end_shadow,
+    illegal_state,
+    leave_guest,
+)
 from sevlab.core.events import CpuExit, Fault, Faulted, Refused
 from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, Vector
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
@@ -84,6 +92,7 @@ def make_vmrun_exit(handle_vc: HandleVc | None) -> Callable[[Machine, Vcpu, CpuE
                 return None
             if code in BEHIND:
                 vcpu.regs.rip = next_rip or vcpu.regs.rip + len(insn) & MASK64
+                end_shadow(vcpu)
             if insn or next_rip:
                 exit_ = _exit(CpuExit, (number, code, info_1, info_2, b"", 0))
         if not machine.memory.deferred(vmcb.vmsa_pa):

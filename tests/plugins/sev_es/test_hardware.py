@@ -191,6 +191,13 @@ def test_hlt_is_automatic_and_its_rip_points_behind_it(machine):
     assert machine.vcpus[0].halted
 
 
+def test_hlt_behind_sti_ends_the_interrupt_shadow(machine):
+    machine.vcpus[0].vmcb.interrupt_state = 1
+    machine.apply(SetRegisters(0, (("rip", 0x1000), ("rflags", 0x202))))
+    machine.apply(CpuExit(0, ExitCode.HLT, 0, 0, b"\xf4", 0))
+    assert machine.vcpus[0].vmcb.interrupt_state == 2  # the hypervisor can inject at once
+
+
 def test_a_nested_page_fault_is_automatic_unless_a_reserved_bit_made_it(machine):
     assert machine.apply(CpuExit(0, ExitCode.NPF, 4, 0x2000, b"\x8b\x07", 0)).first(VmExit) is not None
     outcome = machine.apply(CpuExit(0, ExitCode.NPF, 0xD, 0xFEE0_0000, b"\x8b\x07", 0))
