@@ -18,7 +18,7 @@ from sevlab.core.cpu import CONTROL_SEV_ES, INSN_BYTES_MAX, INTERRUPT_SHADOW, Fa
 from sevlab.core.delivery import RFLAGS_IF, Delivered, deliver
 from sevlab.core.events import AdvanceClock, CpuExit, Fault, Injected, Schedule, SetRegisters
 from sevlab.core.exceptions import WITH_ERROR_CODE
-from sevlab.core.svm import EventType, ExitCode, NpfError, Vector, event, exit_name
+from sevlab.core.svm import EventType, ExitCode, NpfError, Vector, event
 from sevlab.core.units import MASK64, PAGE_BYTES, PAGE_MASK
 from sevlab.plugins import io
 from sevlab.plugins.engines import native
@@ -36,16 +36,20 @@ if TYPE_CHECKING:
 EXIT_TICKS = 2000
 """Virtual time of an exit: about a microsecond, as a world switch and back takes."""
 NATIVE_TICKS = 100
-LONGEST_SLICE, SHORTEST_SLICE, WINDOW_SLICE = 1 << 20, 256, 256
-"""Ticks: with no timer near, the least, and while a waiting interrupt cannot be taken yet."""
-TIMERS = frozenset((ExitCode.IOIO, ExitCode.MSR, ExitCode.VMMCALL, ExitCode.NPF, ExitCode.HLT))
-"""Reports behind which a timer may be another, or an interrupt may wait: VMMCALL is VMGEXIT as well."""
+LONGEST_SLICE, SHORTEST_SLICE = 1 << 20, 256
+"""Ticks: with no timer near, and the least."""
+WINDOW_SLICES = (1, 61, 127, 251)
+"""While a waiting interrupt cannot be taken yet. Different ones, so that a guest that opens the window now and then for
+a moment does not always do so between two looks."""
+TIMERS = frozenset((ExitCode.IOIO, ExitCode.MSR, ExitCode.VMMCALL, ExitCode.NPF, ExitCode.HLT, ExitCode.INTR))
+"""Exits behind which a timer may be another, or an interrupt may wait."""
 LAST_EXITS = 32
 WANTED = ("ACPI", "debug exit", "reset", "SCHEDOP_shutdown: poweroff")
 """How a stop begins that the guest meant."""
 V_IRQ = 1 << 8
 MMIO = int(NpfError.RSVD)
-FETCH = AccessKind.FETCH
+FETCH, FETCH_USER = int(AccessKind.FETCH), int(AccessKind.FETCH | AccessKind.USER)
+NO_CODE = (-1, b"")
 
 
 class Ended(NamedTuple):
@@ -58,7 +62,7 @@ class Ended(NamedTuple):
 class LastExit(NamedTuple):
     """One exit for the report of a crash."""
 
-    name: str
+    code: int
     info_1: int
     rip: int
 
@@ -75,6 +79,8 @@ class Execution:
         self.instructions = 0
         self.last: deque[LastExit] = deque(maxlen=LAST_EXITS)
         self.ended: Ended | None = None
+        self._code = NO_CODE
+        """RIP, and the bytes there that were fetched for the present report."""
         self.watch: Callable[[Execution], None] | None = None
         """Called between slices: console output, a limit, an interrupted user."""
         self.pending_ticks = 0
@@ -106,6 +112,7 @@ class Execution:
                 self._between()
             elif self.mmu.fault is not None:
                 fault, self.mmu.fault = self.mmu.fault, None
+                self._code = NO_CODE
                 self._guard(lambda fault=fault: self.raise_fault(native.exactly(self, fault)))  # type: ignore[misc]
             self.now()
             if self.watch is not None:
@@ -134,7 +141,7 @@ class Execution:
     def _slice(self) -> int:
         """How many ticks until something may be due."""
         if self.vcpu.vmcb.vintr & V_IRQ:
-            return WINDOW_SLICE
+            return WINDOW_SLICES[self.instructions & 3]
         due = io.next_event(self.machine, self.vcpu)
         if due is None:
             return LONGEST_SLICE
@@ -176,13 +183,13 @@ class Execution:
 
     def exit(self, exit_code: int, exit_info_1: int) -> None:
         """See `EngineSink`."""
+        self._code = NO_CODE
         self._guard(lambda: native.handle(self, exit_code, exit_info_1))
+        if self.vcpu.vmcb.vintr & V_IRQ:
+            self._between()  # the window may be open at once
         if self.vcpu.halted or self.vcpu.stopped or self.ended is not None:
             assert self.engine is not None  # who else reports
             self.engine.stop()
-        elif exit_code in TIMERS:
-            assert self.engine is not None
-            self.engine.limit(self._slice())
 
     def nested_fill(self, gpa: int, kind: int) -> tuple[int, int] | None:
         """See `EngineSink`."""
@@ -213,6 +220,7 @@ class Execution:
         page = self._shared_page(msr) if self.recorded and not msr & PAGE_MASK else b""
         self._show_registers()
         self._follow(self.apply(Vmgexit(self.vcpu.vcpu_id, msr, page)))
+        self._look_at_timers()
 
     def _shared_page(self, gpa: int) -> bytes:
         """The GHCB as the guest left it."""
@@ -228,7 +236,7 @@ class Execution:
     def count(self, code: int, info_1: int) -> None:
         """Note an exit for the summary and the report of a crash."""
         self.exits[code] += 1
-        self.last.append(LastExit(exit_name(code), info_1, self.vcpu.regs.rip))
+        self.last.append(LastExit(code, info_1, self.vcpu.regs.rip))
 
     def _exit(self, step: CpuExit) -> None:
         self.count(step.exit_code, step.exit_info_1)
@@ -236,6 +244,13 @@ class Execution:
         self._pass_time()
         self._show_registers()
         self._follow(self.apply(step))
+        if step.exit_code in TIMERS:
+            self._look_at_timers()
+
+    def _look_at_timers(self) -> None:
+        """What the hypervisor did may have set a timer, or left an interrupt that waits: end the slice in time."""
+        assert self.engine is not None  # attached
+        self.engine.limit(self._slice())
 
     def _pass_time(self) -> None:
         self.now()
@@ -293,14 +308,21 @@ class Execution:
 
     def fetch(self, length: int = INSN_BYTES_MAX) -> bytes:
         """Up to `length` bytes at RIP; fewer where the next page cannot be read."""
-        vcpu = self.vcpu
+        rip, (at, data) = self.vcpu.regs.rip, self._code
+        if at != rip or len(data) < length:
+            data = self._fetch(length)
+            self._code = (rip, data)
+        return data[:length]
+
+    def _fetch(self, length: int) -> bytes:
+        vcpu, access = self.vcpu, self.machine.access
         linear = vcpu.regs.rip if native.is_long(vcpu) else vcpu.system.cs[3] + vcpu.regs.rip & 0xFFFF_FFFF
-        kind = FETCH | (AccessKind.USER if vcpu.system.cpl == 3 else 0)
-        access = self.machine.access
-        inside = min(length, PAGE_BYTES - (linear & PAGE_MASK))
+        kind = FETCH_USER if vcpu.system.cpl == 3 else FETCH
+        inside = PAGE_BYTES - (linear & PAGE_MASK)
+        if length <= inside:
+            place = access.guest_linear(vcpu, linear, kind)[1]
+            return self.machine.memory.read(place.spa, length, place.key)
         first = access.guest_read(vcpu, linear, inside, kind)
-        if inside == length:
-            return first
         try:
             return first + access.guest_read(vcpu, linear + inside, length - inside, kind)
         except FaultUnwind:

@@ -183,7 +183,7 @@ class Mmu:
     def _walk(self, gva: int, kind: int) -> tuple[int, bool, int] | None:
         """(gpa, private, rights) in the common case; None: `core.access` knows."""
         system = self._vcpu.system
-        if not system.efer & EFER_LMA or not system.cr0 & CR0_PG or system.cr4 & (CR4_LA57 | CR4_SMEP | CR4_SMAP):
+        if not system.efer & EFER_LMA or not system.cr0 & CR0_PG or system.cr4 & (CR4_LA57 | CR4_SMAP):
             return None
         if gva >> 47 not in (0, 0x1_FFFF):
             return None
@@ -218,6 +218,8 @@ class Mmu:
         writable = allowed & WRITABLE or (supervisor and not system.cr0 & CR0_WP)
         if kind & WRITE and not (writable and entry & DIRTY):
             return None
+        if supervisor and allowed & USER_PAGE and system.cr4 & CR4_SMEP:
+            denied |= NO_EXECUTE
         if kind & FETCH and denied & NO_EXECUTE:
             return None
         gpa = entry & mask & -(1 << shift) | gva & (1 << shift) - 1

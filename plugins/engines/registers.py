@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from sevlab.core.cpu import CR0_CD, CR0_NW, CR0_PE, CS_LONG_AND_BIG, FaultUnwind
 from sevlab.core.events import Fault
-from sevlab.core.paging import CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME
+from sevlab.core.paging import CR0_PG, CR4_LA57, CR4_PAE, CR4_SMEP, EFER_LMA, EFER_LME
 from sevlab.core.svm import Vector
 from sevlab.core.units import MASK32
 
 if TYPE_CHECKING:
     from sevlab.core.cpu import Vcpu
 
-CR4_KNOWN = 0x0000_07FF
-"""VME to OSXMMEXCPT: what the processor of `cpuid` has. Everything else is reserved and #GP."""
+CR4_KNOWN = 0x0000_07FF | CR4_SMEP
+"""VME to OSXMMEXCPT and SMEP: what the processor of `cpuid` has. Everything else is reserved and #GP."""
 CR0_ET = 1 << 4
 CR0_WRITABLE = 0xE005_003F
 CS_LONG = 1 << 9

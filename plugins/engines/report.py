@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sevlab.core.cpu import GPR_NAMES, FaultUnwind
+from sevlab.core.svm import exit_name
 
 if TYPE_CHECKING:
     from sevlab.plugins.engines.execution import Execution
@@ -31,5 +32,5 @@ def crash_report(run: Execution) -> str:
         f"cr0 {system.cr0:x}  cr2 {system.cr2:x}  cr3 {system.cr3:x}  cr4 {system.cr4:x}  efer {system.efer:x}"
     )
     lines.append("last exits (newest last):")
-    lines += [f"  {last.name} {last.info_1:#x} at {last.rip:#x}" for last in list(run.last)[-SHOWN_EXITS:]]
+    lines += [f"  {exit_name(last.code)} {last.info_1:#x} at {last.rip:#x}" for last in list(run.last)[-SHOWN_EXITS:]]
     return "\n".join(lines)

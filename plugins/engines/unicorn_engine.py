@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sevlab.core.cpu import INTERRUPT_SHADOW
 from sevlab.core.errors import ConfigError
-from sevlab.core.svm import ExitCode, NpfError
+from sevlab.core.svm import ExitCode, NpfError, Vector
 from sevlab.core.units import MASK32, MASK64, PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.plugins.engines.block_clock import BlockClock
 from sevlab.plugins.engines.nested_room import NestedRoom
@@ -97,7 +97,7 @@ SYSTEM_STATE = attrgetter(
 )  # fmt: skip
 
 STAR, LSTAR, CSTAR, SFMASK = range(0xC000_0081, 0xC000_0085)
-SYSCALL_BYTES = 2
+SYSCALL_BYTES, EFER_SCE = 2, 1 << 0
 CS_LONG, RFLAGS_RF = 1 << 9, 1 << 16
 KERNEL_CODE, KERNEL_DATA = (0xA9B, 0xFFFF_FFFF, 0), (0xC93, 0xFFFF_FFFF, 0)
 
@@ -186,9 +186,11 @@ class UnicornCpu:
         self._hook(unicorn_const.UC_HOOK_INTR, binding.HOOK_INTR_CFUNC(self._on_exit))
         self._hook(unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_IN_CFUNC(self._on_in), x86_const.UC_X86_INS_IN)
         self._hook(unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_OUT_CFUNC(self._on_out), x86_const.UC_X86_INS_OUT)
-        self._hook(
-            unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_SYSCALL_CFUNC(self._on_syscall), x86_const.UC_X86_INS_SYSCALL
-        )
+        for function, insn in (
+            (self._on_syscall, x86_const.UC_X86_INS_SYSCALL),
+            (self._on_sysenter, x86_const.UC_X86_INS_SYSENTER),
+        ):
+            self._hook(unicorn_const.UC_HOOK_INSN, intel.HOOK_INSN_SYSCALL_CFUNC(function), insn)
         if nested is None:
             self._hook(unicorn_const.UC_HOOK_TLB_FILL, binding.HOOK_TLB_FILL_CFUNC(self._on_fill))
 
@@ -394,6 +396,19 @@ class UnicornCpu:
     def _on_syscall(self, _uc: object, _data: object) -> None:
         self._guarded(self._system_call)
 
+    def _on_sysenter(self, _uc: object, _data: object) -> None:
+        self._guarded(self._undefined)
+
+    def _undefined(self) -> None:
+        """SYSENTER in long mode, or SYSCALL that EFER does not allow: #UD. Unicorn steps over two bytes afterwards."""
+        window, vcpu = self._window, self._vcpu
+        window.save()
+        window.pull(vcpu)
+        self._clock.leave(self._linear())
+        self._sink.exit(ExitCode.EXCEPTION_0 + Vector.UD, 0)
+        vcpu.regs.rip = vcpu.regs.rip - SYSCALL_BYTES & MASK64
+        self._push(everything=True)
+
     def _system_call(self) -> None:
         """SYSCALL, which Unicorn leaves to its hooks: it only steps over the two bytes afterwards.
 
@@ -403,6 +418,9 @@ class UnicornCpu:
         window.save()
         window.pull(vcpu)
         regs, system = vcpu.regs, vcpu.system
+        if not system.efer & EFER_SCE:
+            self._undefined()
+            return
         star, target, mask = (self._msr(number) for number in (STAR, LSTAR, SFMASK))
         if not system.cs[1] & CS_LONG:
             target = self._msr(CSTAR)

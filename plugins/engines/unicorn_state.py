@@ -21,7 +21,7 @@ VERSION = "2.1.4"
 
 # From the general registers on, in bytes.
 CC_OP, HFLAGS, HFLAGS2, SEGMENTS, CR0, EFER = 168, 176, 180, 184, 424, 592
-GENERAL = Struct("<17Q")
+GENERAL, ERROR = Struct("<17Q"), Struct("<I")
 FLAGS = Struct("<QQQQIiII")
 """At 136: eflags, cc_dst, cc_src, cc_src2, cc_op, df, hflags, hflags2."""
 FLAGS_AT = 136
@@ -160,13 +160,13 @@ class Window:
     @property
     def hidden(self) -> int:
         """hflags: CPL, modes, interrupt shadow."""
-        start = self.base + HFLAGS
-        return int.from_bytes(self.bytes[start : start + 4], "little")
+        found: int = ERROR.unpack_from(self.bytes, self.base + HFLAGS)[0]
+        return found
 
     def error_code(self) -> int:
         """Of the exception or MSR exit that was just reported."""
-        start = self._tail(ERROR_CODE)
-        return int.from_bytes(self.bytes[start : start + 4], "little")
+        found: int = ERROR.unpack_from(self.bytes, self.end - ERROR_CODE)[0]
+        return found
 
     def set_io_breakpoint(self, port: int) -> None:
         """Let the access to `port` that is under way end in #DB."""
