@@ -98,6 +98,15 @@ def write_wallclock(machine: Machine, domain: Domain) -> None:
         store(machine, domain.shared_info_spa + fields[name].offset, (value & MASK32).to_bytes(4, "little"))
 
 
+def latch_width(machine: Machine, domain: Domain, *, narrow: bool) -> None:
+    """shared_info has the layout of the code that sets the callback or the hypercall page; the date is put there anew.
+
+    Source: Xen xen/arch/x86/hvm/hvm.c (hvm_latch_shinfo_size).
+    """
+    domain.narrow = narrow
+    write_wallclock(machine, domain)
+
+
 def runstate(machine: Machine, domain: Domain, vcpu: XenVcpu) -> bytes:
     """vcpu_runstate_info, with the time in the present state counted up to now."""
     moment = now(machine)

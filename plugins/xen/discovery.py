@@ -19,7 +19,7 @@ from sevlab.core.svm import Vector
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 from sevlab.plugins.xen import hyperv_msrs
 from sevlab.plugins.xen.adapted import is_encrypted
-from sevlab.plugins.xen.clock import MULTIPLIER, SHIFT
+from sevlab.plugins.xen.clock import MULTIPLIER, SHIFT, latch_width
 from sevlab.plugins.xen.frames import page_of, store
 from sevlab.plugins.xen.numbers import STUBS, Nr
 from sevlab.plugins.xen.records import Adapted, HypercallPage
@@ -162,5 +162,5 @@ class Discovery:
             machine.access.guest_physical_write(vcpu, gpa, AMD_PAGE, c_bit=True)
             machine.emit(Adapted(vcpu.vcpu_id, "hypercall page", gpa))
         if not vcpu.vmcb.encryption_control & CONTROL_SEV_ES:
-            domain.narrow = code_mode(vcpu) is not CodeMode.BITS_64
+            latch_width(machine, domain, narrow=code_mode(vcpu) is not CodeMode.BITS_64)
         return None

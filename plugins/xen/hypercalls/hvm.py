@@ -126,15 +126,11 @@ def set_callback(call: Call, domain: Domain, via: int) -> None:
     """Choose how vCPU 0 (or every vCPU, by vector) is told of events; also latches the layout of shared_info."""
     events.release_line(call.machine, domain)
     domain.params[Param.CALLBACK_IRQ] = via
-    latch_width(domain, narrow=call.narrow)
+    if domain is call.domain:
+        clock.latch_width(call.machine, domain, narrow=call.narrow)
     for vcpu in domain.vcpus:
         if not vcpu.down and vcpu.info_spa and call.machine.memory.read(vcpu.info_spa, 1, None)[0]:
             events.assert_upcall(call.machine, domain, vcpu)
-
-
-def latch_width(domain: Domain, *, narrow: bool) -> None:
-    """shared_info has the layout of the code that sets the callback or the hypercall page."""
-    domain.narrow = narrow
 
 
 def get_param(call: Call, a: Any) -> int:

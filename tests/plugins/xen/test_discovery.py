@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from sevlab.core.events import CpuExit, Injected
 from sevlab.core.svm import EventType, ExitCode, Vector, event
 from sevlab.plugins.xen import Abi, XenGuest, hypercall_page, xen
+from sevlab.plugins.xen.layout import SharedInfo32
 
 from tests.plugins.xen.world import BOUNCE, guest_of, machine_of, registers_of
+
+RTC_EPOCH = datetime(2025, 1, 1, tzinfo=UTC)
+"""The date of every machine's clock when it starts."""
 
 
 def cpuid(machine, leaf, subleaf=0, vcpu=0):
@@ -91,7 +97,10 @@ def test_the_msr_fills_the_page_and_latches_the_width():
     assert not xen(machine).domains[1].narrow
     narrow = machine_of(start="protected")
     wrmsr(narrow, 0x4000_0000, 0x5000)
-    assert xen(narrow).domains[1].narrow
+    domain = xen(narrow).domains[1]
+    assert domain.narrow
+    shared = SharedInfo32.from_bytes(narrow.memory.read(domain.shared_info_spa, SharedInfo32.SIZE, None))
+    assert (shared.wc_version, shared.wc_sec) == (2, int(RTC_EPOCH.timestamp()))  # the date, in the new place
 
 
 @pytest.mark.parametrize("value", [0x5001, 0x5FFF, 0x7FFF_F000, 0xFFFF_FFFF_FFFF_F000])

@@ -11,7 +11,7 @@ from sevlab.core.events import AdvanceClock, MemoryWrite, Party, Race, SetRegist
 from sevlab.core.oracle import OracleSink
 from sevlab.core.plugins import load
 from sevlab.core.testing import assert_resets, step_strategy
-from sevlab.plugins.xen import ABI_FLAG, BackendEvent, ConsoleInput, Errno, HypercallStep, Nr, xen
+from sevlab.plugins.xen import ABI_FLAG, BackendEvent, ConsoleInput, Errno, HypercallStep, Nr, XenstoreRequest, xen
 from sevlab.plugins.xen.fuzzing import COUNTERS, ORACLES, TARGETS
 from sevlab.plugins.xen.numbers import Evtchnop, MapSpace
 from sevlab.plugins.xen.state import ActiveGrant, ChannelState, EventChannel
@@ -154,6 +154,7 @@ others = st.one_of(
         st.integers(0, 2),
     ),
     st.builds(ConsoleInput, st.integers(0, 3), st.binary(max_size=20)),
+    st.builds(XenstoreRequest, st.integers(0, 30), st.binary(max_size=20), st.integers(0, 3)),
     st.builds(AdvanceClock, st.integers(0, 1 << 40)),
     st.builds(Race, st.integers(1, 4), st.integers(0, 1 << 26), st.binary(max_size=8)),
 )
