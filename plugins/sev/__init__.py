@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sevlab.core.cliapi import DemoChapter
 from sevlab.core.config import Option
 from sevlab.core.hookspecs import hookimpl
-from sevlab.plugins.sev import asids, certificates, chain, crypto, identity, owner, transfers, vmsa_slots
+from sevlab.plugins.sev import asids, certificates, chain, crypto, firmware, identity, owner, transfers, vmsa_slots
 from sevlab.plugins.sev.certificates import CERTIFICATE_LAYOUTS, Algorithm, EcPublicKey
 from sevlab.plugins.sev.chain import ARK_ROOTS
 from sevlab.plugins.sev.checks import Check, show_checks
@@ -93,6 +93,7 @@ __all__ = [
     "chain",
     "command_table",
     "crypto",
+    "firmware",
     "identity",
     "initialise",
     "launch_guest",

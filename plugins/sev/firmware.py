@@ -40,14 +40,20 @@ class FirmwareHeader(Layout, size=0x100):
     image_bytes = u32(0x6C, doc="with header and signature", source="AMD-ASPFW sev_fw_image.h")
 
 
-def make_image(generation: str, version: tuple[int, int, int], body: bytes = bytes(0x1000)) -> bytes:
-    """An image of API major, minor and build that a simulated platform of `generation` accepts."""
+def make_image(
+    generation: str, version: tuple[int, int, int], body: bytes = bytes(0x1000), *, patch_level: int = 0
+) -> bytes:
+    """An image of API major, minor and build that a simulated platform of `generation` accepts.
+
+    `patch_level`: what the TCB version says of it from then on.
+    """
     bits = key_bits(generation)
     major, minor, build = version
     header = FirmwareHeader.build(
         cookie=COOKIE,
         signed_bytes=len(body),
         signed_option=1,
+        security_patch_level=patch_level,
         version_build=build,
         version_minor=minor,
         version_major=major,
@@ -78,18 +84,23 @@ def download_firmware(machine: Machine, request: Request[OneBlob]) -> Status:
     sev, buffer = sev_state(machine), request.buffer
     if sev.snp_initialised:
         return Status.INVALID_PLATFORM_STATE
-    if not is_aligned(buffer.spa, ALIGNMENT_BYTES):
-        return Status.INVALID_ADDRESS
-    if not transfers.valid_range(machine, buffer.spa, FirmwareHeader.SIZE):
+    header = read_image(machine, buffer.spa, buffer.length)
+    if isinstance(header, Status):
+        return header
+    sev.api_major, sev.api_minor, sev.build = header.version_major, header.version_minor, header.version_build
+    return Status.SUCCESS
+
+
+def read_image(machine: Machine, address: int, length_bytes: int) -> FirmwareHeader | Status:
+    """The head of a good image, or what is wrong with it. Source: AMD-ASPFW sev_hal.c, sev_hal_cache_new_image."""
+    if not is_aligned(address, ALIGNMENT_BYTES) or not transfers.valid_range(machine, address, FirmwareHeader.SIZE):
         return Status.INVALID_ADDRESS
     generation = machine.config.generation
-    if not FirmwareHeader.SIZE < buffer.length <= MAX_BYTES.get(generation, MAX_BYTES_LATER):
+    if not FirmwareHeader.SIZE < length_bytes <= MAX_BYTES.get(generation, MAX_BYTES_LATER):
         return Status.INVALID_LENGTH
-    image = transfers.read(machine, buffer.spa, buffer.length)
+    image = transfers.read(machine, address, length_bytes)
     if image is None:
         return Status.INVALID_ADDRESS
     if not _verifies(generation, image):
         return Status.BAD_SIGNATURE
-    header = FirmwareHeader.from_bytes(image[: FirmwareHeader.SIZE])
-    sev.api_major, sev.api_minor, sev.build = header.version_major, header.version_minor, header.version_build
-    return Status.SUCCESS
+    return FirmwareHeader.from_bytes(image[: FirmwareHeader.SIZE])

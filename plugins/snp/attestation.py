@@ -35,9 +35,14 @@ class GuestField(IntFlag):
     MEASUREMENT = 1 << 3
     GUEST_SVN = 1 << 4
     TCB_VERSION = 1 << 5
+    LAUNCH_MIT_VECTOR = 1 << 6
+    """Since version 2 of the request."""
 
 
-KNOWN_FIELDS = int(GuestField(0x3F))
+KNOWN_FIELDS = {1: 0x3F, 2: 0x7F}
+"""By version of the request."""
+MITIGATIONS_SINCE = 5
+"""Version of the reports that have mitigation vectors."""
 
 
 class DerivedKeyContext(Layout, size=0xA8):
@@ -100,6 +105,8 @@ def make_report(machine: Machine, guest: SnpGuest, *, report_data: bytes, vmpl: 
     if version > 2:
         family, model, stepping = family_model_stepping(machine)
         fields |= {"cpuid_family": family, "cpuid_model": model, "cpuid_stepping": stepping}
+    if version >= MITIGATIONS_SINCE:
+        fields |= {"launch_mit_vector": guest.launch_mit_vector, "current_mit_vector": platform.mitigations_verified}
     committed = platform.committed_version
     body = AttestationReport.build(
         report_version=version,
@@ -163,10 +170,12 @@ def derive_key(
     vmpl: int,
     guest_svn: int,
     tcb_version: int,
+    launch_mit_vector: int = 0,
 ) -> bytes:
     """The 32 bytes of MSG_KEY_RSP. What is not selected is zero; VMPL, host data and key digest are always mixed in.
 
-    `root`: the VCEK's or VLEK's stick, or the VMRK. Source: AMD-ASPFW sev_uapp/src/sev_channel.c.
+    `root`: the VCEK's or VLEK's stick, or the VMRK. That a mitigation vector follows the rest is the model's own, as
+    how firmware mixes it in is not public: UNVERIFIED. Source: AMD-ASPFW sev_uapp/src/sev_channel.c.
     """
     block = id_block_of(guest)
     kind = (2 if guest.author_key_en else 1) if guest.id_block else 0
@@ -188,4 +197,6 @@ def derive_key(
         id_key_digest=digest[:32],
         **chosen,
     )
+    if fields & GuestField.LAUNCH_MIT_VECTOR:
+        context += launch_mit_vector.to_bytes(8, "little")
     return crypto.kdf(root, LABEL_DERIVED, context, DERIVED_BYTES)

@@ -61,8 +61,9 @@ GUEST_COMMANDS = (
     Command.SNP_PAGE_RECLAIM,
     Command.SNP_PAGE_UNSMASH,
     Command.SNP_VLEK_LOAD,
+    Command.SNP_VERIFY_MITIGATION,
 )
-"""Commands of an initialised platform."""
+"""Commands of an initialised platform; SNP_VERIFY_MITIGATION among them is UNVERIFIED."""
 
 SNP_PLATFORM = StateMachine(
     name="snp.platform",

@@ -10,6 +10,7 @@ from sevlab.core.layout import Layout, bits, flag, raw_bytes, u8, u16, u32, u64
 
 _LX = "psp-sev.h"
 _FW = "sev_mcmd.h"
+_MITIGATION = "patches on the kernel's list, struct sev_data_snp_verify_mitigation"
 PAGE_LOW_BITS = 0xFFF
 
 
@@ -99,6 +100,30 @@ class SnpDownloadFirmwareEx(Layout, size=0x18):
     firmware_bytes = u32(0x10, source=_LX)
     commit = flag(0x14, u32, 0, source=_LX)
     reserved_flags = bits(0x14, u32, 31, 1, must_be_zero=True, source=_FW)
+
+
+class SnpVerifyMitigation(Layout, size=0x40):
+    """SNP_VERIFY_MITIGATION."""
+
+    length = u32(0x00, source=_MITIGATION)
+    subcommand = u16(0x04, doc="0 status, 1 verify", source=_MITIGATION)
+    reserved_6 = u16(0x06, reserved=0xFFFF, source=_MITIGATION)
+    vector = u64(0x08, source=_MITIGATION)
+    dst_en = flag(0x10, u32, 0, source=_MITIGATION)
+    src_en = flag(0x10, u32, 1, source=_MITIGATION)
+    reserved_flags = bits(0x10, u32, 31, 2, must_be_zero=True, source=_MITIGATION)
+    reserved_14 = u32(0x14, reserved=0xFFFF_FFFF, source=_MITIGATION)
+    src_spa = u64(0x18, source=_MITIGATION)
+    dst_spa = u64(0x20, source=_MITIGATION)
+    reserved_28 = raw_bytes(0x28, 24, must_be_zero=True, source=_MITIGATION)
+
+
+class MitigationResult(Layout, size=0x14):
+    """What SNP_VERIFY_MITIGATION writes."""
+
+    verified = u64(0x00, source=_MITIGATION)
+    supported = u64(0x08, source=_MITIGATION)
+    failure_status = u32(0x10, source=_MITIGATION)
 
 
 class SnpCommit(Layout, size=0x04):

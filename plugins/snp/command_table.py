@@ -6,7 +6,7 @@ from sevlab.core.layout import Layout
 from sevlab.plugins.sev import Command, Family, MailboxCommand, Status
 from sevlab.plugins.snp import buffers as b
 from sevlab.plugins.snp.automata import SNP_PLATFORM
-from sevlab.plugins.snp.handlers import guest, launch, pages, platform, request, swap
+from sevlab.plugins.snp.handlers import guest, launch, pages, platform, request, swap, updates
 from sevlab.plugins.snp.states import snp_state
 
 SNP = Family("sev", SNP_PLATFORM, lambda machine: snp_state(machine).platform.state)
@@ -20,8 +20,8 @@ _HANDLERS = (
     (Command.SNP_INIT_EX, platform.snp_init_ex, b.SnpInitEx),
     (Command.SNP_SHUTDOWN_EX, platform.snp_shutdown_ex, b.SnpShutdownEx),
     (Command.SNP_CONFIG, platform.snp_config, b.SnpConfig),
-    (Command.SNP_DOWNLOAD_FIRMWARE_EX, platform.snp_download_firmware_ex, b.SnpDownloadFirmwareEx),
-    (Command.SNP_COMMIT, platform.snp_commit, b.SnpCommit),
+    (Command.SNP_DOWNLOAD_FIRMWARE_EX, updates.snp_download_firmware_ex, b.SnpDownloadFirmwareEx),
+    (Command.SNP_COMMIT, updates.snp_commit, b.SnpCommit),
     (Command.SNP_VLEK_LOAD, platform.snp_vlek_load, b.SnpVlekLoad),
     (Command.SNP_FEATURE_INFO, platform.snp_feature_info, b.SnpFeatureInfo),
     (Command.SNP_GCTX_CREATE, guest.gctx_create, b.OnePage),
@@ -36,6 +36,7 @@ _HANDLERS = (
     (Command.SNP_LAUNCH_FINISH, launch.launch_finish, b.SnpLaunchFinish),
     (Command.SNP_DBG_DECRYPT, pages.dbg_decrypt, b.SnpDebug),
     (Command.SNP_DBG_ENCRYPT, pages.dbg_encrypt, b.SnpDebug),
+    (Command.SNP_VERIFY_MITIGATION, updates.snp_verify_mitigation, b.SnpVerifyMitigation),
     (Command.SNP_PAGE_SWAP_OUT, swap.swap_out, b.SnpPageSwapOut),
     (Command.SNP_PAGE_SWAP_IN, swap.swap_in, b.SnpPageSwapIn),
     (Command.SNP_PAGE_MOVE, pages.page_move, b.SnpPageMove),
@@ -58,6 +59,7 @@ COMMAND_LAYOUTS: tuple[type[Layout], ...] = (
     b.RangeListEntry,
     b.WrappedVlek,
     b.FeatureInfoOutput,
+    b.MitigationResult,
     b.SnpGuestStatus,
     b.MetadataEntry,
 )

@@ -54,6 +54,8 @@ class SnpGuest(Stateful):
     desired_tsc_khz: int = 0
     tsc_offset: int = 0
     launch_tcb: int = 0
+    launch_mit_vector: int = 0
+    """The mitigations that were verified when it was launched."""
 
     def key(self, machine: Machine) -> MemoryKey | None:
         """Its memory key; None before it was first activated."""
@@ -82,4 +84,6 @@ class SnpPlatform(Stateful):
     """With ciphertext hiding, the last ASID of SNP guests; 0: no limit of its own."""
     tio_en: bool = False
     report_version: int = 2
+    mitigations_supported: int = 0
+    mitigations_verified: int = 0
     smt: bool = True

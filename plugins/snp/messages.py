@@ -87,7 +87,7 @@ class ReportResponse(Layout, size=0x4C0):
 
 
 class KeyRequest(Layout, size=0x20):
-    """MSG_KEY_REQ, version 1."""
+    """MSG_KEY_REQ; all of version 1."""
 
     root_key_select = flag(0x00, u32, 0, doc="0 VCEK or VLEK, 1 VMRK", source=_MESSAGE)
     key_sel = bits(0x00, u32, 2, 1, doc="0 VLEK if loaded, else VCEK; 1 VCEK; 2 VLEK", source=_MESSAGE)
@@ -97,6 +97,12 @@ class KeyRequest(Layout, size=0x20):
     vmpl = u32(0x10, source=_MESSAGE)
     guest_svn = u32(0x14, source=_MESSAGE)
     tcb_version = u64(0x18, source=_MESSAGE)
+
+
+class KeyRequestTail(Layout, size=0x08):
+    """What version 2 of MSG_KEY_REQ adds at its end."""
+
+    launch_mit_vector = u64(0x00, source="virtee/sev src/firmware/guest/types/snp.rs, DerivedKey")
 
 
 class KeyResponse(Layout, size=0x40):
@@ -201,6 +207,7 @@ MESSAGE_LAYOUTS: tuple[type[Layout], ...] = (
     ReportRequest,
     ReportResponse,
     KeyRequest,
+    KeyRequestTail,
     KeyResponse,
     ExportRequest,
     ExportResponse,

@@ -42,6 +42,13 @@ OPTIONS = (
     Option(
         name="psc_batch", default=0, low=0, high=253, doc="entries of a page state change that one exit does; 0: all"
     ),
+    Option(
+        name="mitigations",
+        default=0,
+        low=0,
+        high=(1 << 64) - 1,
+        doc="mitigation bits that firmware of report version 5 supports",
+    ),
     Option(name="smt", default=True, doc="simultaneous multithreading is on"),
 )
 
@@ -86,6 +93,7 @@ def register(builder: PluginBuilder) -> None:
         platform.current_tcb = platform.committed_tcb = platform.reported_tcb = level
         platform.committed_version = (sev.api_major, sev.api_minor, sev.build)
         platform.report_version = int(options["report_version"]) or (5 if part.name == "turin" else 3)
+        platform.mitigations_supported = int(options["mitigations"])
         platform.smt = bool(options["smt"])
         snp_hypervisor(machine).psc_batch = int(options["psc_batch"])
         sev_es_state(machine).features |= HvFeature.SNP  # whoever runs SNP guests offers it

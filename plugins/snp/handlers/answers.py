@@ -30,6 +30,7 @@ from sevlab.plugins.snp.messages import (
     ExportRequest,
     ImportRequest,
     KeyRequest,
+    KeyRequestTail,
     KeyResponse,
     Message,
     MessageType,
@@ -51,7 +52,10 @@ TCB_RESERVED_OLD = 0x0000_FFFF_FFFF_0000
 
 
 class Answer(NamedTuple):
-    """How one message type is answered; `request_bytes` is the least length of its payload."""
+    """How one message type is answered; `request_bytes` is the least length of its payload.
+
+    Versions above 1 are those of firmware that knows mitigations.
+    """
 
     request_bytes: int
     run: Callable[[Machine, SnpGuest, Message], bytes]
@@ -94,7 +98,11 @@ def report(machine: Machine, guest: SnpGuest, message: Message) -> bytes:
 def derived_key(machine: Machine, guest: SnpGuest, message: Message) -> bytes:
     """MSG_KEY: a key from the chip's or the guest's root. Source: 56860, MSG_KEY_REQ; AMD-ASPFW sev_channel.c."""
     wish = KeyRequest.from_bytes(message.payload[: KeyRequest.SIZE])
-    status = key_status(machine, guest, message.header.msg_vmpck, wish)
+    vector = 0
+    if message.header.msg_version > 1:
+        tail = message.payload[KeyRequest.SIZE :][: KeyRequestTail.SIZE].ljust(KeyRequestTail.SIZE, b"\0")
+        vector = KeyRequestTail.from_bytes(tail).launch_mit_vector
+    status = key_status(machine, guest, message, wish) or vector_status(guest, wish, vector)
     if status:
         return KeyResponse.build(status=status)
     platform, fields = platform_of(machine), wish.guest_field_select
@@ -112,11 +120,18 @@ def derived_key(machine: Machine, guest: SnpGuest, message: Message) -> bytes:
         vmpl=wish.vmpl,
         guest_svn=wish.guest_svn,
         tcb_version=wish.tcb_version,
+        launch_mit_vector=vector,
     )
     return KeyResponse.build(key=key)
 
 
-def key_status(machine: Machine, guest: SnpGuest, vmpck: int, wish: KeyRequest) -> Status:
+def vector_status(guest: SnpGuest, wish: KeyRequest, vector: int) -> Status:
+    """A key may name mitigations that were verified when the guest was launched, and no others. UNVERIFIED."""
+    chosen = wish.guest_field_select & GuestField.LAUNCH_MIT_VECTOR
+    return Status.INVALID_PARAM if chosen and vector & ~guest.launch_mit_vector else Status.SUCCESS
+
+
+def key_status(machine: Machine, guest: SnpGuest, message: Message, wish: KeyRequest) -> Status:
     """Why a key is refused. Order as in AMD-ASPFW sev_uapp/src/sev_channel.c."""
     platform, fields = platform_of(machine), wish.guest_field_select
     if wish.reserved_0 or wish.reserved_4:
@@ -128,7 +143,7 @@ def key_status(machine: Machine, guest: SnpGuest, vmpck: int, wish: KeyRequest) 
         or selected_key(platform, guest, wish.key_sel) is None
     ):
         return Status.INVALID_KEY
-    if wish.vmpl < vmpck or fields & ~KNOWN_FIELDS:
+    if wish.vmpl < message.header.msg_vmpck or fields & ~KNOWN_FIELDS[message.header.msg_version]:
         return Status.INVALID_PARAM
     if fields & GuestField.TCB_VERSION:
         reserved = TCB_RESERVED.get(machine.config.part.name, TCB_RESERVED_OLD)
@@ -150,7 +165,7 @@ def tsc_info(_machine: Machine, guest: SnpGuest, message: Message) -> bytes:
 
 ANSWERS: dict[int, Answer] = {
     MessageType.CPUID_REQ: Answer(CpuidHeader.SIZE, cpuid),
-    MessageType.KEY_REQ: Answer(KeyRequest.SIZE, derived_key),
+    MessageType.KEY_REQ: Answer(KeyRequest.SIZE, derived_key, (1, 2)),
     MessageType.REPORT_REQ: Answer(ReportRequest.SIZE, report),
     MessageType.EXPORT_REQ: Answer(ExportRequest.SIZE, export),
     MessageType.IMPORT_REQ: Answer(ImportRequest.SIZE, import_),

@@ -89,6 +89,7 @@ def launch_start(machine: Machine, request: Request[SnpLaunchStart]) -> Status:
     guest.desired_tsc_khz = buffer.desired_tsc_khz
     guest.tsc_offset = -machine.tsc() & MASK64
     guest.launch_tcb = platform.current_tcb
+    guest.launch_mit_vector = platform.mitigations_verified
     move_guest(guest, request.command)
     return Status.SUCCESS
 
@@ -157,7 +158,7 @@ def _prepared(machine: Machine, guest: SnpGuest, buffer: SnpLaunchUpdate, data: 
     if buffer.page_type == PageType.VMSA:
         return _prepared_vmsa(guest, data)
     if buffer.page_type == PageType.SECRETS:
-        return secrets_page(guest, fms=machine.cpuid(None, 1, 0)[0])
+        return secrets_page(guest, fms=machine.cpuid(None, 1, 0)[0], launch_mit_vector=guest.launch_mit_vector)
     if buffer.page_type == PageType.CPUID:
         table = corrected_table(machine, data)
         if table != data:

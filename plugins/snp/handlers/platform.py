@@ -1,4 +1,4 @@
-"""Platform commands: initialisation and shutdown, status, configuration, commit, VLEK, feature information."""
+"""Platform commands: initialisation and shutdown, status, configuration, VLEK, feature information."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from sevlab.plugins.snp.buffers import (
     OnePage,
     RangeListEntry,
     RangeListHeader,
-    SnpCommit,
     SnpConfig,
-    SnpDownloadFirmwareEx,
     SnpFeatureInfo,
     SnpInitEx,
     SnpPageSetState,
@@ -26,6 +24,7 @@ from sevlab.plugins.snp.buffers import (
     WrappedVlek,
 )
 from sevlab.plugins.snp.handlers.common import move_platform, plain, platform_of, range_status, writable_status
+from sevlab.plugins.snp.handlers.updates import knows_mitigations
 from sevlab.plugins.snp.rmp import BOOKKEEPING_BYTES, RMP_ALIGNMENT_BYTES, change_state, initialize_rmp, state_of
 from sevlab.plugins.snp.rmp_check import SNP_EN, VMPL_EN
 from sevlab.plugins.snp.states import HWCR_SMM_LOCK, PageEvent, PageState, snp_state
@@ -50,6 +49,7 @@ class FeatureBit:
     ECX_CIPHERTEXT_HIDING = 1 << 3
     ECX_AES_256_XTS = 1 << 4
     ECX_CXL = 1 << 5
+    ECX_VERIFY_MITIGATION = 1 << 13
 
 
 GUEST_MESSAGES_BITMAP = 0x1FF
@@ -271,34 +271,6 @@ def snp_config(machine: Machine, request: Request[SnpConfig]) -> Status:
     return Status.SUCCESS
 
 
-def snp_commit(machine: Machine, request: Request[SnpCommit]) -> Status:
-    """Make the current firmware the oldest that may ever run again.
-
-    A reported TCB that was the committed one follows it. UNVERIFIED. Source: 56860, SNP_COMMIT.
-    """
-    platform, sev = platform_of(machine), sev_state(machine)
-    if request.buffer.length != SnpCommit.SIZE:
-        return Status.INVALID_PARAM
-    if platform.reported_tcb == platform.committed_tcb:
-        platform.reported_tcb = platform.current_tcb
-    platform.committed_tcb = platform.current_tcb
-    platform.committed_version = (sev.api_major, sev.api_minor, sev.build)
-    return Status.SUCCESS
-
-
-def snp_download_firmware_ex(machine: Machine, request: Request[SnpDownloadFirmwareEx]) -> Status:
-    """Live update: the model has no firmware images, so that no signature can be right.
-
-    Source: 56860, DOWNLOAD_FIRMWARE_EX; Linux include/uapi/linux/psp-sev.h.
-    """
-    buffer = request.buffer
-    if buffer.length != SnpDownloadFirmwareEx.SIZE or not buffer.firmware_bytes:
-        return Status.INVALID_PARAM
-    if not transfers.valid_range(machine, buffer.firmware_spa, buffer.firmware_bytes):
-        return Status.INVALID_ADDRESS
-    return Status.BAD_SIGNATURE
-
-
 def snp_vlek_load(machine: Machine, request: Request[SnpVlekLoad]) -> Status:
     """Take the provider's wrapped VLEK; its TCB must be the reported one, exactly.
 
@@ -336,6 +308,8 @@ def snp_feature_info(machine: Machine, request: Request[SnpFeatureInfo]) -> Stat
     answer = FeatureInfoOutput.build(eax=GUEST_MESSAGES_BITMAP)
     if not buffer.ecx_in:
         ecx = FeatureBit.ECX_VLEK | FeatureBit.ECX_X86_SHUTDOWN | FeatureBit.ECX_RAPL_DISABLE
+        if knows_mitigations(platform_of(machine)):
+            ecx |= FeatureBit.ECX_VERIFY_MITIGATION
         if turin:
             ecx |= FeatureBit.ECX_CIPHERTEXT_HIDING | FeatureBit.ECX_AES_256_XTS
         answer = FeatureInfoOutput.build(eax=1, ebx=FeatureBit.EBX_LEGACY_SEV, ecx=ecx)

@@ -18,6 +18,7 @@ from sevlab.plugins.snp.handlers.common import (
     range_status,
     writable_status,
 )
+from sevlab.plugins.snp.handlers.updates import knows_mitigations
 from sevlab.plugins.snp.messages import (
     HEADER_BYTES,
     Message,
@@ -56,7 +57,10 @@ def guest_request(machine: Machine, request: Request[SnpGuestRequest]) -> Status
     if isinstance(message, Status):
         return message
     answer = ANSWERS.get(message.header.msg_type)
-    if answer is None or message.header.msg_version not in answer.versions:
+    version = message.header.msg_version
+    if answer is None or version not in answer.versions:
+        return Status.INVALID_PARAM
+    if version > 1 and not knows_mitigations(platform_of(machine)):
         return Status.INVALID_PARAM
     if answer.request_bytes and len(message.payload) < answer.request_bytes:
         return Status.INVALID_PARAM
@@ -69,7 +73,7 @@ def guest_request(machine: Machine, request: Request[SnpGuestRequest]) -> Status
         seqno=seqno,
         kind=message.header.msg_type + 1,
         vmpck=number,
-        version=message.header.msg_version,
+        version=version,
     )
     if guest.vmpcks[number] == key:
         counts = list(guest.message_counts)

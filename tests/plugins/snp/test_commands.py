@@ -262,12 +262,6 @@ def test_commit_and_feature_information(machine):
     refused(machine, Command.SNP_FEATURE_INFO, S.INVALID_PAGE_STATE, length=0x10, ecx_in=0, feature_info_spa=0x1000)
 
 
-def test_a_firmware_image_has_no_signature(machine):
-    fields = {"length": 0x18, "firmware_spa": 0x1000, "firmware_bytes": 0x100}
-    refused(machine, Command.SNP_DOWNLOAD_FIRMWARE_EX, S.BAD_SIGNATURE, **fields)
-    refused(machine, Command.SNP_DOWNLOAD_FIRMWARE_EX, S.INVALID_PARAM, **(fields | {"length": 1}))
-
-
 def test_a_vlek_is_loaded_for_this_chip_and_the_reported_tcb_only(machine):
     spa = driver.pages(machine).input_spa
     tcb = snp_state(machine).platform.reported_tcb
