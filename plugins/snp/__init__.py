@@ -22,6 +22,7 @@ from sevlab.plugins.snp.guest_agent import Agent
 from sevlab.plugins.snp.guest_pages import GUEST_PAGE_LAYOUTS
 from sevlab.plugins.snp.guest_protocol import change_page_states
 from sevlab.plugins.snp.id_block import IdAuth, IdBlock
+from sevlab.plugins.snp.injection import VintrCtrl
 from sevlab.plugins.snp.kernel_hashes import KernelHashTable
 from sevlab.plugins.snp.launch_digest import PageInfo
 from sevlab.plugins.snp.layout import RmpEntry, RmpState
@@ -99,6 +100,7 @@ def sevlab_layouts() -> tuple[type[Layout], ...]:
     return (
         RmpEntry,
         RmpState,
+        VintrCtrl,
         *COMMAND_LAYOUTS,
         *MESSAGE_LAYOUTS,
         *GUEST_PAGE_LAYOUTS,

@@ -34,6 +34,7 @@ from sevlab.plugins.snp.hypervisor import (
     vcpu_by_apic_id,
     write_guest,
 )
+from sevlab.plugins.snp.injection import RESTRICTED_INJECTION
 from sevlab.plugins.snp.states import snp_state
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 DOORBELL_PREFERRED, DOORBELL_SET, DOORBELL_QUERY, DOORBELL_CLEAR = 0, 1, 2, 3
 ALL_ONES = (1 << 64) - 1
-RESTRICTED_INJECTION = 1 << 3
-"""Of SEV_FEATURES."""
 HEAD_BYTES = 4
 LOWEST_VECTOR = 16
 """Of an interrupt. Source: 24593, 16.5."""

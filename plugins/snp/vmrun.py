@@ -1,6 +1,6 @@
-"""VMRUN of an SNP guest: the save area must be the guest's by the RMP; injection rules; the nested page fault's mend.
+"""VMRUN of an SNP guest: the save area must be the guest's by the RMP; the nested page fault's mend.
 
-Source: 24593, 15.36.12 (checks of VMRUN), 15.36.15 and 15.36.16 (restricted and alternate injection).
+Source: 24593, 15.36.12 (checks of VMRUN).
 """
 
 from __future__ import annotations
@@ -8,10 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sevlab.core.svm import EVENT_VALID, EventType, ExitCode, NpfError, Vector
+from sevlab.core.events import Injected
+from sevlab.core.svm import ExitCode, NpfError
 from sevlab.core.units import PAGE_BYTES, PAGE_MASK
 from sevlab.plugins.sev_es import Vmsa, enter_encrypted, sev_es_state, vm_protocol
 from sevlab.plugins.snp.hypervisor import NO_PAGE, handle_rmp_fault, host_vcpu
+from sevlab.plugins.snp.injection import (
+    ALTERNATE_INJECTION,
+    RESTRICTED_INJECTION,
+    check_injection,
+    make_inject_filter,
+    take_event,
+)
 from sevlab.plugins.snp.layout import ASID, ASID_SHIFT, ASSIGNED, IMMUTABLE, PAGE_SIZE, VMSA
 from sevlab.plugins.snp.rmp import read_entry
 from sevlab.plugins.snp.rmp_host import snp_enabled
@@ -24,12 +32,9 @@ if TYPE_CHECKING:
     from sevlab.core.machine import Machine
 
     VmrunEnter = Callable[[Machine, Vcpu], int | None]
-    InjectFilter = Callable[[Machine, Vcpu, int], int]
     StartVcpu = Callable[[Machine, Vcpu, int], bool]
 
 SNP_ACTIVE = 1 << 0
-RESTRICTED_INJECTION = 1 << 3
-ALTERNATE_INJECTION = 1 << 4
 BOTH_INJECTIONS = RESTRICTED_INJECTION | ALTERNATE_INJECTION
 ALLOWED_ENABLE = 1 << 63
 
@@ -67,9 +72,19 @@ def make_vmrun_enter(before: VmrunEnter) -> VmrunEnter:
             known = SnpVcpu(sev_features=area.sev_features, vmsa_spa=spa)
             snp_state(machine).vcpus[vcpu.vcpu_id] = known
             vcpu.vmpl = area.vmpl & 3
-        if not same or not machine.memory.deferred(spa):  # else nobody has looked at the page since the last entry
+        looked_at = not same or not machine.memory.deferred(spa)  # else nobody has since the last entry
+        event = 0
+        if known.sev_features & ALTERNATE_INJECTION and (looked_at or known.event_waits):
+            taken = take_event(machine, vcpu, known)
+            if taken is None:
+                return ExitCode.INVALID
+            event, looked_at = taken, True
+        if looked_at:
             failure = enter_encrypted(machine, vcpu, lambda _page: True)
-        return failure if failure is not None else check_injection(vcpu, known.sev_features)
+        failure = failure if failure is not None else check_injection(vcpu, known.sev_features)
+        if event and failure is None:
+            machine.emit(Injected(vcpu.vcpu_id, event))
+        return failure
 
     return vmrun_enter
 
@@ -80,33 +95,6 @@ def features_are_legal(vcpu: Vcpu, features: int) -> bool:
     if allowed & ALLOWED_ENABLE and features & ~allowed:
         return False
     return bool(features & SNP_ACTIVE) and features & BOTH_INJECTIONS != BOTH_INJECTIONS
-
-
-def check_injection(vcpu: Vcpu, features: int) -> int | None:
-    """With restricted injection the hypervisor may inject nothing but #HV: else VMRUN fails. UNVERIFIED.
-
-    Source: 24593, 15.36.16.
-    """
-    word = vcpu.vmcb.event_inj
-    if not features & RESTRICTED_INJECTION or not word & EVENT_VALID:
-        return None
-    is_hv = word >> 8 & 7 == EventType.EXCEPTION and word & 0xFF == Vector.HV
-    return None if is_hv else ExitCode.INVALID
-
-
-def make_inject_filter(before: InjectFilter) -> InjectFilter:
-    """With alternate injection EVENTINJ of the VMCB means nothing: events come by the VMSA. UNVERIFIED.
-
-    Source: 24593, 15.36.15.
-    """
-
-    def inject_filter(machine: Machine, vcpu: Vcpu, word: int) -> int:
-        known = snp_state(machine).vcpus.get(vcpu.vcpu_id)
-        if known is not None and known.sev_features & ALTERNATE_INJECTION:
-            return 0
-        return before(machine, vcpu, word)
-
-    return inject_filter
 
 
 def make_start_vcpu(before: StartVcpu) -> StartVcpu:
