@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sevlab.plugins.sev.context import Ccx, Gctx, SevState
+from sevlab.plugins.sev import transfers
+from sevlab.plugins.sev.context import Ccx, Gctx, SevState, sev_state
 from sevlab.plugins.sev.numbers import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from sevlab.core.machine import Machine
+
+APIC_IDS_MAX = 1024
+"""Source: AMD-ASPFW sev_uapp/src/apicid.h, APIC_ID_LIST_MAX_CNT."""
 
 
 def all_ccxs(sev: SevState) -> int:
@@ -23,6 +29,23 @@ def all_ccxs(sev: SevState) -> int:
 def chosen(sev: SevState, mask: int) -> Iterator[Ccx]:
     """The core complexes of a mask."""
     return (ccx for number, ccx in sev.ccxs.items() if mask >> number & 1)
+
+
+def ccxs_of(machine: Machine, ids_spa: int, id_count: int) -> int | Status:
+    """Mask of the core complexes that a list of APIC ids names, or what is wrong with the list."""
+    sev = sev_state(machine)
+    if not 1 <= id_count <= APIC_IDS_MAX:
+        return Status.INVALID_PARAM
+    ids = transfers.read(machine, ids_spa, 4 * id_count)
+    if ids is None:
+        return Status.INVALID_ADDRESS
+    ccxs = 0
+    for start in range(0, len(ids), 4):
+        number = int.from_bytes(ids[start : start + 4], "little") // sev.cores_per_ccx
+        if number not in sev.ccxs:
+            return Status.INVALID_CONFIG
+        ccxs |= 1 << number
+    return ccxs
 
 
 def make_all_dirty(sev: SevState) -> None:

@@ -34,8 +34,8 @@ from sevlab.plugins.snp.command_table import SNP_COMMANDS
 from sevlab.plugins.snp.hypervisor import host_guest, host_vcpu
 from sevlab.plugins.snp.launch_digest import VMSA_GPA, PageType
 from sevlab.plugins.snp.layout import RmpState
-from sevlab.plugins.snp.policy import GuestPolicyBit
 from sevlab.plugins.snp.records import RmpResult, RmpUpdate
+from sevlab.plugins.snp.report import GuestPolicy
 from sevlab.plugins.snp.states import SnpVcpu, snp_state
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 SYSCFG_SNP = 1 << 19 | 1 << 23 | 1 << 24 | 1 << 25
 """MFDM, MemEncryptionModEn, SNPEn, VMPLEn."""
 
-DEFAULT_POLICY = GuestPolicyBit.MUST_BE_ONE | GuestPolicyBit.SMT
+DEFAULT_POLICY = int.from_bytes(GuestPolicy.build(must_be_one=1, smt=1), "little")
 
 BUFFERS: dict[Command, type[Layout] | None] = {declared.command: declared.buffer for declared in SNP_COMMANDS}
 

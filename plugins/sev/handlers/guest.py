@@ -18,9 +18,6 @@ from sevlab.plugins.sme import install_key, sme_state
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
 
-APIC_IDS_MAX = 1024
-"""Source: AMD-ASPFW sev_uapp/src/apicid.h, APIC_ID_LIST_MAX_CNT."""
-
 
 def activate(machine: Machine, request: Request[Activate]) -> Status:
     """Give the guest an ASID on every core complex, and its key to the memory controllers.
@@ -54,17 +51,9 @@ def activate_ex(machine: Machine, request: Request[ActivateEx]) -> Status:
         return Status.INVALID_GUEST
     if not 1 <= buffer.asid <= sev.max_asid:
         return Status.INVALID_ASID
-    if not 1 <= buffer.id_count <= APIC_IDS_MAX:
-        return Status.INVALID_PARAM
-    ids = transfers.read(machine, buffer.ids_spa, 4 * buffer.id_count)
-    if ids is None:
-        return Status.INVALID_ADDRESS
-    ccxs = 0
-    for start in range(0, len(ids), 4):
-        number = int.from_bytes(ids[start : start + 4], "little") // sev.cores_per_ccx
-        if number not in sev.ccxs:
-            return Status.INVALID_CONFIG
-        ccxs |= 1 << number
+    ccxs = asids.ccxs_of(machine, buffer.ids_spa, buffer.id_count)
+    if isinstance(ccxs, Status):
+        return ccxs
     return _activate(machine, guest, buffer.asid, ccxs, request.command)
 
 

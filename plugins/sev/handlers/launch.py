@@ -9,7 +9,15 @@ from sevlab.plugins.sev.buffers import Attestation, HandleOnly, LaunchMeasure, L
 from sevlab.plugins.sev.certificates import Algorithm, Usage
 from sevlab.plugins.sev.command import Request
 from sevlab.plugins.sev.context import NO_KEYS, Gctx, RunningDigest, SevState, sev_state
-from sevlab.plugins.sev.handlers.common import aligned16, allowed, live_guest, move_guest, move_platform
+from sevlab.plugins.sev.handlers.common import (
+    active_guest_of,
+    aligned16,
+    allowed,
+    guest_of,
+    live_guest,
+    move_guest,
+    move_platform,
+)
 from sevlab.plugins.sev.layout import (
     NONCE_BYTES,
     NUMBER_BYTES,
@@ -103,15 +111,9 @@ def vmsa_length(buffer: LaunchUpdate) -> Status:
 
 def _update(machine: Machine, request: Request[LaunchUpdate], *, vmsa: bool) -> Status:
     buffer = request.buffer
-    guest = live_guest(machine, buffer.handle)
-    if guest is None:
-        return Status.INVALID_GUEST
-    if not allowed(guest, request.command):
-        return Status.INVALID_GUEST_STATE
-    if vmsa and not guest.es:
-        return Status.UNSUPPORTED
-    if not guest.asid:
-        return Status.INACTIVE
+    guest = active_guest_of(machine, request, vmsa=vmsa)
+    if isinstance(guest, Status):
+        return guest
     if not aligned16(buffer.spa):
         return Status.INVALID_ADDRESS
     if not buffer.length or not aligned16(buffer.length):
@@ -143,6 +145,18 @@ def _load_vmsa(machine: Machine, guest: Gctx, spa: int) -> Status:
     return Status.SUCCESS
 
 
+def _room(machine: Machine, request: Request[LaunchMeasure] | Request[Attestation], size: int) -> Status:
+    """Whether the answer of `size` bytes can be written; too little room asks for the length."""
+    buffer = request.buffer
+    if buffer.length < size:
+        request.answer(length=size)
+        return Status.INVALID_LENGTH
+    status = transfers.output_status(machine, buffer.spa, buffer.length)
+    if status:
+        return status
+    return Status.SUCCESS if transfers.valid_range(machine, buffer.spa, size) else Status.INVALID_ADDRESS
+
+
 def launch_measure(machine: Machine, request: Request[LaunchMeasure]) -> Status:
     """Close the measurement: 32 bytes of HMAC under the TIK and a nonce; can be asked for once.
 
@@ -150,19 +164,12 @@ def launch_measure(machine: Machine, request: Request[LaunchMeasure]) -> Status:
     """
     sev = sev_state(machine)
     buffer = request.buffer
-    guest = live_guest(machine, buffer.handle)
-    if guest is None:
-        return Status.INVALID_GUEST
-    if not allowed(guest, request.command):
-        return Status.INVALID_GUEST_STATE
-    if buffer.length < Measurement.SIZE:
-        request.answer(length=Measurement.SIZE)
-        return Status.INVALID_LENGTH
-    status = transfers.output_status(machine, buffer.spa, buffer.length)
+    guest = guest_of(machine, request)
+    if isinstance(guest, Status):
+        return guest
+    status = _room(machine, request, Measurement.SIZE)
     if status:
         return status
-    if not transfers.valid_range(machine, buffer.spa, Measurement.SIZE):
-        return Status.INVALID_ADDRESS
     guest.launch_digest = guest.digest.digest()
     mnonce = machine.entropy.take("sev.mnonce", NONCE_BYTES)
     guest.measure = crypto.launch_measure(
@@ -224,11 +231,9 @@ def launch_finish(machine: Machine, request: Request[HandleOnly]) -> Status:
 
     Source: 55766, LAUNCH_FINISH; AMD-ASPFW sev_uapp/src/sev_mcmd.c, sev_mcmd_launch_finish.
     """
-    guest = live_guest(machine, request.buffer.handle)
-    if guest is None:
-        return Status.INVALID_GUEST
-    if not allowed(guest, request.command):
-        return Status.INVALID_GUEST_STATE
+    guest = guest_of(machine, request)
+    if isinstance(guest, Status):
+        return guest
     run_guest(sev_state(machine), guest)
     move_guest(guest, request.command)
     return Status.SUCCESS
@@ -253,19 +258,12 @@ def attestation(machine: Machine, request: Request[Attestation]) -> Status:
     Source: Linux include/uapi/linux/psp-sev.h; AMD-ASPFW sev_uapp/src/sev_mcmd.c, sev_mcmd_attestation.
     """
     buffer = request.buffer
-    guest = live_guest(machine, buffer.handle)
-    if guest is None:
-        return Status.INVALID_GUEST
-    if not allowed(guest, request.command):
-        return Status.INVALID_GUEST_STATE
-    if buffer.length < AttestationReport.SIZE:
-        request.answer(length=AttestationReport.SIZE)
-        return Status.INVALID_LENGTH
-    status = transfers.output_status(machine, buffer.spa, buffer.length)
+    guest = guest_of(machine, request)
+    if isinstance(guest, Status):
+        return guest
+    status = _room(machine, request, AttestationReport.SIZE)
     if status:
         return status
-    if not transfers.valid_range(machine, buffer.spa, AttestationReport.SIZE):
-        return Status.INVALID_ADDRESS
     signed = AttestationReport.build(mnonce=buffer.mnonce, launch_digest=guest.launch_digest, policy=guest.policy)[
         :REPORT_SIGNED_BYTES
     ]

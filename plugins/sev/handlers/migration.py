@@ -9,7 +9,7 @@ from sevlab.plugins.sev.buffers import HandleOnly, LaunchStart, SendStart, Trans
 from sevlab.plugins.sev.certificates import SevCertificate
 from sevlab.plugins.sev.command import Request
 from sevlab.plugins.sev.context import Gctx, sev_state
-from sevlab.plugins.sev.handlers.common import aligned16, allowed, live_guest, move_guest
+from sevlab.plugins.sev.handlers.common import active_guest_of, aligned16, allowed, guest_of, live_guest, move_guest
 from sevlab.plugins.sev.handlers.launch import SCRATCH_BYTES, close_channel, run_guest, start_with_session
 from sevlab.plugins.sev.layout import CERTIFICATE_BYTES, CHAIN_BYTES, KEY_BYTES, PacketHeader, Session
 from sevlab.plugins.sev.numbers import Policy, Status, policy_api
@@ -145,15 +145,9 @@ def _send_update(machine: Machine, request: Request[Transport], *, vmsa: bool) -
     if buffer.header_bytes < PacketHeader.SIZE:
         request.answer(header_bytes=PacketHeader.SIZE)
         return Status.INVALID_LENGTH
-    guest = live_guest(machine, buffer.handle)
-    if guest is None:
-        return Status.INVALID_GUEST
-    if not allowed(guest, request.command):
-        return Status.INVALID_GUEST_STATE
-    if vmsa and not guest.es:
-        return Status.UNSUPPORTED
-    if not guest.asid:
-        return Status.INACTIVE
+    guest = active_guest_of(machine, request, vmsa=vmsa)
+    if isinstance(guest, Status):
+        return guest
     length = buffer.guest_bytes
     if not 0 < length <= SCRATCH_BYTES or not aligned16(length) or buffer.transport_bytes < length:
         return Status.INVALID_LENGTH
@@ -191,11 +185,9 @@ def send_cancel(machine: Machine, request: Request[HandleOnly]) -> Status:
 
 
 def _end_sending(machine: Machine, request: Request[HandleOnly]) -> Status:
-    guest = live_guest(machine, request.buffer.handle)
-    if guest is None:
-        return Status.INVALID_GUEST
-    if not allowed(guest, request.command):
-        return Status.INVALID_GUEST_STATE
+    guest = guest_of(machine, request)
+    if isinstance(guest, Status):
+        return guest
     close_channel(guest)
     move_guest(guest, request.command)
     return Status.SUCCESS
@@ -224,15 +216,9 @@ def receive_update_vmsa(machine: Machine, request: Request[Transport]) -> Status
 
 def _receive_update(machine: Machine, request: Request[Transport], *, vmsa: bool) -> Status:
     buffer = request.buffer
-    guest = live_guest(machine, buffer.handle)
-    if guest is None:
-        return Status.INVALID_GUEST
-    if not allowed(guest, request.command):
-        return Status.INVALID_GUEST_STATE
-    if vmsa and not guest.es:
-        return Status.UNSUPPORTED
-    if not guest.asid:
-        return Status.INACTIVE
+    guest = active_guest_of(machine, request, vmsa=vmsa)
+    if isinstance(guest, Status):
+        return guest
     length = buffer.transport_bytes
     if (
         not 0 < length <= SCRATCH_BYTES
@@ -268,11 +254,9 @@ def _receive_update(machine: Machine, request: Request[Transport], *, vmsa: bool
 
 def receive_finish(machine: Machine, request: Request[HandleOnly]) -> Status:
     """The guest runs here; a pending ASID is in use. Source: 55766, RECEIVE_FINISH."""
-    guest = live_guest(machine, request.buffer.handle)
-    if guest is None:
-        return Status.INVALID_GUEST
-    if not allowed(guest, request.command):
-        return Status.INVALID_GUEST_STATE
+    guest = guest_of(machine, request)
+    if isinstance(guest, Status):
+        return guest
     run_guest(sev_state(machine), guest)
     move_guest(guest, request.command)
     return Status.SUCCESS

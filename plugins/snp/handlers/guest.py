@@ -25,15 +25,12 @@ from sevlab.plugins.snp.handlers.common import (
     range_status,
     writable_status,
 )
-from sevlab.plugins.snp.policy import GuestPolicyBit
+from sevlab.plugins.snp.policy import policy_of
 from sevlab.plugins.snp.rmp import asid_pages, change_state
 from sevlab.plugins.snp.states import PageEvent, PageState
 
 if TYPE_CHECKING:
     from sevlab.core.machine import Machine
-
-APIC_IDS_MAX = 1024
-"""Source: AMD-ASPFW sev_uapp/src/apicid.h, APIC_ID_LIST_MAX_CNT."""
 
 
 def gctx_create(machine: Machine, request: Request[OnePage]) -> Status:
@@ -91,23 +88,15 @@ def activate_ex(machine: Machine, request: Request[SnpActivateEx]) -> Status:
 
     Source: 56860, SNP_ACTIVATE_EX; AMD-ASPFW sev_uapp/src/sev_mcmd.c, mcmd_activate_ex_common.
     """
-    sev, buffer = sev_state(machine), request.buffer
+    buffer = request.buffer
     if buffer.length != SnpActivateEx.SIZE:
         return Status.INVALID_PARAM
     guest = find_guest(machine, buffer.gctx_spa)
     if isinstance(guest, Status):
         return guest
-    if not 1 <= buffer.id_count <= APIC_IDS_MAX:
-        return Status.INVALID_PARAM
-    ids = transfers.read(machine, buffer.ids_spa, 4 * buffer.id_count)
-    if ids is None:
-        return Status.INVALID_ADDRESS
-    ccxs = 0
-    for start in range(0, len(ids), 4):
-        number = int.from_bytes(ids[start : start + 4], "little") // sev.cores_per_ccx
-        if number not in sev.ccxs:
-            return Status.INVALID_CONFIG
-        ccxs |= 1 << number
+    ccxs = asids.ccxs_of(machine, buffer.ids_spa, buffer.id_count)
+    if isinstance(ccxs, Status):
+        return ccxs
     if guest.asid and guest.asid != buffer.asid:
         return Status.ACTIVE
     return _activate(machine, guest, buffer.asid, ccxs, request.command)
@@ -124,7 +113,7 @@ def _activate(machine: Machine, guest: SnpGuest, asid: int, ccxs: int, command: 
             return Status.ASID_OWNED
         if asid_pages(machine, asid):
             return Status.INVALID_CONFIG
-        if guest.policy & GuestPolicyBit.SINGLE_SOCKET and sev.second_chip_key:
+        if policy_of(guest.policy).single_socket and sev.second_chip_key:
             return Status.POLICY_FAILURE
         if asids.dirty(sev, asid, asids.all_ccxs(sev)):
             return Status.DF_FLUSH_REQUIRED

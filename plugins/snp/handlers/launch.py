@@ -26,7 +26,7 @@ from sevlab.plugins.snp.id_block import IdAuth, IdBlock
 from sevlab.plugins.snp.launch_digest import NO_DIGEST, PageType, extend, page_contents
 from sevlab.plugins.snp.launch_identity import LaunchIdentity, check_identity
 from sevlab.plugins.snp.layout import VMSA
-from sevlab.plugins.snp.policy import GuestPolicyBit, policy_fits
+from sevlab.plugins.snp.policy import policy_fits, policy_of
 from sevlab.plugins.snp.rmp import Entry, change_state, read_entry, write_entry
 from sevlab.plugins.snp.states import PageEvent, PageState
 
@@ -67,12 +67,12 @@ def launch_start(machine: Machine, request: Request[SnpLaunchStart]) -> Status:
         return Status.POLICY_FAILURE
     agent: SnpGuest | None = None
     if buffer.ma_en:
-        if not buffer.policy & GuestPolicyBit.MIGRATE_MA:
+        if not policy_of(buffer.policy).migrate_ma:
             return Status.POLICY_FAILURE
         found = find_guest(machine, buffer.ma_gctx_spa)
         if isinstance(found, Status):
             return found
-        if found.policy & GuestPolicyBit.MIGRATE_MA:
+        if policy_of(found.policy).migrate_ma:
             return Status.POLICY_FAILURE
         agent = found
     take = machine.entropy.take

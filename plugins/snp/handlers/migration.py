@@ -125,6 +125,15 @@ def _incoming(message: Message) -> ImportRequest | Status:
     return wish
 
 
+def _target(machine: Machine, message: Message) -> tuple[SnpGuest, ImportRequest] | Status:
+    """The context that a message names, and the message."""
+    wish = _incoming(message)
+    if isinstance(wish, Status):
+        return wish
+    target = find_guest(machine, wish.gctx_spa)
+    return Status.INVALID_GUEST if isinstance(target, Status) else (target, wish)
+
+
 def import_(machine: Machine, _sender: SnpGuest, message: Message) -> bytes:
     """MSG_IMPORT: a fresh context becomes a running guest, whose root metadata entry must be valid.
 
@@ -134,12 +143,10 @@ def import_(machine: Machine, _sender: SnpGuest, message: Message) -> bytes:
 
 
 def _import_status(machine: Machine, message: Message) -> Status:
-    wish = _incoming(message)
-    if isinstance(wish, Status):
-        return wish
-    target = find_guest(machine, wish.gctx_spa)
-    if isinstance(target, Status):
-        return Status.INVALID_GUEST
+    named = _target(machine, message)
+    if isinstance(named, Status):
+        return named
+    target, wish = named
     if target.state is not SnpGuestState.INIT:
         return Status.INVALID_GUEST_STATE
     if not _root_entry_valid(ExportContext.from_bytes(wish.context).root_md_entry):
@@ -157,12 +164,10 @@ def absorb(machine: Machine, _sender: SnpGuest, message: Message) -> bytes:
 
 
 def _absorb_status(machine: Machine, message: Message) -> Status:
-    wish = _incoming(message)
-    if isinstance(wish, Status):
-        return wish
-    target = find_guest(machine, wish.gctx_spa)
-    if isinstance(target, Status):
-        return Status.INVALID_GUEST
+    named = _target(machine, message)
+    if isinstance(named, Status):
+        return named
+    target, wish = named
     if target.state is not SnpGuestState.LAUNCH or not target.imi_en:
         return Status.INVALID_GUEST_STATE
     if _root_entry_valid(target.root_md_entry):

@@ -25,7 +25,7 @@ from sevlab.plugins.snp.handlers.common import (
     write_page,
 )
 from sevlab.plugins.snp.layout import ASID, ASSIGNED, GPA, IMMUTABLE, PAGE_SIZE, SUBPAGE_COUNT, VMSA
-from sevlab.plugins.snp.policy import GuestPolicyBit
+from sevlab.plugins.snp.policy import policy_of
 from sevlab.plugins.snp.rmp import (
     PAGES_PER_2M,
     Entry,
@@ -104,7 +104,7 @@ def _debug_guest(machine: Machine, buffer: SnpDebug) -> SnpGuest | Status:
 def _debug_status(guest: SnpGuest, page: Entry) -> Status:
     if not guest.asid or page.asid != guest.asid:
         return Status.INVALID_PAGE_OWNER if guest.asid else Status.INACTIVE
-    return Status.SUCCESS if guest.policy & GuestPolicyBit.DEBUG else Status.POLICY_FAILURE
+    return Status.SUCCESS if policy_of(guest.policy).debug else Status.POLICY_FAILURE
 
 
 # Move, reclaim, unsmash, metadata -------------------------------------------------------------------------------------

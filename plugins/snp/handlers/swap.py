@@ -21,7 +21,7 @@ from sevlab.plugins.snp.handlers.common import (
 )
 from sevlab.plugins.snp.handlers.pages import DEBUG_TARGETS, same_context
 from sevlab.plugins.snp.layout import GPA, VALIDATED, VMSA
-from sevlab.plugins.snp.policy import GuestPolicyBit
+from sevlab.plugins.snp.policy import policy_of
 from sevlab.plugins.snp.rmp import Entry, change_state, read_entry, write_entry
 from sevlab.plugins.snp.states import PageEvent, PageState
 
@@ -66,7 +66,7 @@ def _common(
             return Status.INVALID_PAGE_STATE
         if not same_context(guest, mdata):
             return Status.INVALID_PAGE_OWNER
-    if guest.policy & GuestPolicyBit.PAGE_SWAP_DISABLE:
+    if policy_of(guest.policy).page_swap_disable:
         return Status.POLICY_FAILURE
     return guest
 

@@ -8,7 +8,6 @@ from sevlab.plugins.snp import driver
 from sevlab.plugins.snp.buffers import MetadataEntry
 from sevlab.plugins.snp.driver import LaunchPage
 from sevlab.plugins.snp.layout import VALIDATED
-from sevlab.plugins.snp.policy import GuestPolicyBit
 from sevlab.plugins.snp.records import Pvalidate
 from sevlab.plugins.snp.rmp import asid_pages, read_entry, state_of
 from sevlab.plugins.snp.states import PageState
@@ -18,7 +17,8 @@ from tests.plugins.snp.test_commands import PAGE, firmware_page, refused, spa_of
 
 S = Status
 GPA = 0x3000
-DEBUG = driver.DEFAULT_POLICY | GuestPolicyBit.DEBUG
+DEBUG_BIT, PAGE_SWAP_DISABLE_BIT = 1 << 19, 1 << 25
+DEBUG = driver.DEFAULT_POLICY | DEBUG_BIT
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_debug_decrypt_gives_the_plaintext_of_a_guest_that_allows_it(machine, gu
     refused(machine, decrypt, S.INVALID_PAGE_STATE, **(fields | {"source_spa": 0x1000}))
     refused(machine, decrypt, S.INVALID_PAGE_STATE, **(fields | {"destination_spa": 0x1000}))
     refused(machine, decrypt, S.INVALID_PAGE_OWNER, **(fields | {"gctx_spa": other.gctx_spa}))
-    context(machine, guest).policy &= ~GuestPolicyBit.DEBUG
+    context(machine, guest).policy &= ~DEBUG_BIT
     refused(machine, decrypt, S.POLICY_FAILURE, **fields)
 
 
@@ -212,7 +212,7 @@ def test_a_metadata_page_is_swapped_and_moved_too(machine, guest):
 
 
 def test_a_policy_can_forbid_swapping(machine, guest):
-    context(machine, guest).policy |= GuestPolicyBit.PAGE_SWAP_DISABLE
+    context(machine, guest).policy |= PAGE_SWAP_DISABLE_BIT
     fields = {
         "gctx_spa": guest.gctx_spa,
         "source_spa": freeze(machine, guest),
