@@ -153,6 +153,7 @@ class Access:
         self._memory = machine.memory
         self._check = machine.slots.access_check
         self._key_of = machine.slots.key_of
+        self._virtual_tom = machine.slots.virtual_tom
         self._host_c_bit = 1 << machine.config.part.c_bit
         self._nested: dict[tuple[int, int], Mapped] = {}
         self._kept: dict[tuple[int, int], tuple[Mapped, set[int]]] = {}
@@ -322,10 +323,19 @@ class Access:
         return gpa, bool(found & _PRIVATE)
 
     def _walk_guest(self, vcpu: Vcpu, gva: int, kind: int) -> tuple[int, int]:
-        """(gpa, kind with PRIVATE where the C-bit says so)."""
+        """(gpa, kind with PRIVATE where the C-bit says so).
+
+        With a virtual top of memory the address says so, and the C-bit of the guest's tables is a reserved bit.
+        Source: spec 24593, 15.36.8.
+        """
         system = vcpu.system
         mask = self._machine.hypervisor.vms[vcpu.vm_id].c_bit_mask
-        context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, mask)
+        top = 0 if self._virtual_tom is None else self._virtual_tom(vcpu)
+        if top:
+            width = mask.bit_length() - 1
+            context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, 0, width)
+        else:
+            context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, mask)
         kind = int(kind)
         access = (
             (_WALK_WRITE if kind & _WRITE else 0)
@@ -347,7 +357,7 @@ class Access:
         for gpa, width_bytes, value in found.updates:
             place = self.guest_physical(vcpu, gpa, table_kind | _WRITE, phase=NpfError.TABLE_WALK)
             self._memory.write(place.spa, value.to_bytes(width_bytes, "little"), place.key, vcpu.tag)
-        if found.c_bit or (mask and kind & _FETCH):
+        if found.c_bit or found.gpa < top or (mask and kind & _FETCH):
             kind |= _PRIVATE
         return found.gpa, kind
 

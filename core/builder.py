@@ -94,6 +94,7 @@ class Slots:
     - `access_check(actor, spa, gpa, kind) -> Fault | None`: may this access happen (RMP); `gpa` -1: none
     - `key_of(asid, c_bit) -> MemoryKey | None`: the key of an access, None for plaintext
     - `vmrun_enter(machine, vcpu) -> exit code | None`: refuse a VMRUN, or load encrypted state
+    - `virtual_tom(vcpu) -> gpa`: from where on a guest's data accesses are shared, below private; 0: its C-bits decide
     - `vmrun_exit(machine, vcpu, exit) -> exit | None`: what the hypervisor sees; None: nothing, it became #VC
     - `page_owner_changed(pfn, old key, new key)`: a page is written under another key than before
     - `inject_filter(machine, vcpu, event) -> event`: which event the guest gets (EVENTINJ word, 0: none)
@@ -122,6 +123,7 @@ class Slots:
         "page_owner_changed",
         "scheduler",
         "start_vcpu",
+        "virtual_tom",
         "vmrun_enter",
         "vmrun_exit",
     )
@@ -129,6 +131,7 @@ class Slots:
     access_check: Callable[[Actor, int, int, int], Fault | None] | None
     key_of: Callable[[int, bool], MemoryKey | None] | None
     vmrun_enter: Callable[[Machine, Vcpu], int | None] | None
+    virtual_tom: Callable[[Vcpu], int] | None
     vmrun_exit: Callable[[Machine, Vcpu, CpuExit], CpuExit | None] | None
     page_owner_changed: Callable[[int, MemoryKey | None, MemoryKey | None], None] | None
     inject_filter: Callable[[Machine, Vcpu, int], int] | None

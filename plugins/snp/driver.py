@@ -27,7 +27,7 @@ from sevlab.core.events import (
 from sevlab.core.state import Stateful
 from sevlab.core.units import PAGE_2M_BYTES, PAGE_BYTES
 from sevlab.plugins.sev import Command, Status, asids, sev_state
-from sevlab.plugins.sev_es import set_up_vcpus, vm_protocol
+from sevlab.plugins.sev_es import Vmsa, set_up_vcpus, vm_protocol
 from sevlab.plugins.sme import SYSCFG
 from sevlab.plugins.snp.automata import SnpPlatformState
 from sevlab.plugins.snp.command_table import SNP_COMMANDS
@@ -37,6 +37,7 @@ from sevlab.plugins.snp.layout import RmpState
 from sevlab.plugins.snp.records import RmpResult, RmpUpdate
 from sevlab.plugins.snp.report import GuestPolicy
 from sevlab.plugins.snp.states import SnpVcpu, snp_state
+from sevlab.plugins.snp.vtom import TOP
 
 if TYPE_CHECKING:
     from sevlab.core.layout import FieldValue, Layout
@@ -275,7 +276,8 @@ def load_vmsa(machine: Machine, vcpu_id: int, guest: SnpLaunched, vmsa: bytes) -
     host = host_vcpu(machine, vcpu_id)
     host.vmsas = (spa, *host.vmsas[1:])
     host_guest(machine, vcpu.vm_id).sev_features = vm_protocol(machine, vcpu).sev_features = features
-    snp_state(machine).vcpus[vcpu_id] = SnpVcpu(sev_features=features, vmsa_spa=spa)
+    top = Vmsa.from_bytes(vmsa.ljust(PAGE_BYTES, b"\0")).virtual_tom & TOP
+    snp_state(machine).vcpus[vcpu_id] = SnpVcpu(sev_features=features, vmsa_spa=spa, virtual_tom=top)
 
 
 def finish(machine: Machine, guest: SnpLaunched, **fields: FieldValue) -> None:

@@ -20,6 +20,7 @@ from sevlab.plugins.snp import (
     rmp_host,
     svsm,
     vmrun,
+    vtom,
 )
 from sevlab.plugins.snp.command_table import SNP, SNP_COMMANDS
 from sevlab.plugins.snp.driver import PageLender, SnpDriver
@@ -63,7 +64,9 @@ CURRENT_LEVELS = {
 def register(builder: PluginBuilder) -> None:
     """Register SNP with a machine."""
     part, options = builder.config.part, builder.options
-    builder.component(SnpState())
+    state = SnpState()
+    builder.component(state)
+    vtom.register(builder, state)
     builder.component(SnpDriver(), "snp.driver")
     builder.component(PageLender(), LENDER)
     registers.register(builder)

@@ -186,6 +186,8 @@ class SnpVcpu(Stateful):
 
     sev_features: int = 1
     vmsa_spa: int = 0
+    virtual_tom: int = 0
+    """With vTOM: where shared memory begins."""
     event_waits: bool = False
     """With alternate injection: a virtual interrupt or NMI in the save area that the guest cannot take yet."""
 

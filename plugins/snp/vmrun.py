@@ -24,6 +24,7 @@ from sevlab.plugins.snp.layout import ASID, ASID_SHIFT, ASSIGNED, IMMUTABLE, PAG
 from sevlab.plugins.snp.rmp import read_entry
 from sevlab.plugins.snp.rmp_host import snp_enabled
 from sevlab.plugins.snp.states import SnpVcpu, snp_state
+from sevlab.plugins.snp.vtom import TOP
 
 if TYPE_CHECKING:
     from sevlab.core.builder import ExitHandler, PluginBuilder
@@ -69,7 +70,7 @@ def make_vmrun_enter(before: VmrunEnter) -> VmrunEnter:
             area = Vmsa.from_bytes(machine.memory.read(spa, PAGE_BYTES, machine.access.key_of(vcpu.asid, c_bit=True)))
             if not features_are_legal(vcpu, area.sev_features):
                 return ExitCode.INVALID
-            known = SnpVcpu(sev_features=area.sev_features, vmsa_spa=spa)
+            known = SnpVcpu(sev_features=area.sev_features, vmsa_spa=spa, virtual_tom=area.virtual_tom & TOP)
             snp_state(machine).vcpus[vcpu.vcpu_id] = known
             vcpu.vmpl = area.vmpl & 3
         looked_at = not same or not machine.memory.deferred(spa)  # else nobody has since the last entry
