@@ -21,7 +21,7 @@ from sevlab.core.crypto import MemoryKey
 from sevlab.core.events import Fault, Party, Space
 from sevlab.core.memory import TAG_ASP, TAG_DEVICE, TAG_HYPERVISOR, TAG_PUBLIC, split_pages
 from sevlab.core.nested import NestedFault, NestedTables, NestedTranslation, nested_walk
-from sevlab.core.paging import NonCanonical, PageFault, WalkAccess, paging_context, walk
+from sevlab.core.paging import PHYSICAL_BITS, NonCanonical, PageFault, WalkAccess, paging_context, walk
 from sevlab.core.svm import ExitCode, NpfError, Vector
 from sevlab.core.units import HOST_ASID, MASK64, PAGE_BYTES, PAGE_MASK, PAGE_SHIFT
 
@@ -331,11 +331,8 @@ class Access:
         system = vcpu.system
         mask = self._machine.hypervisor.vms[vcpu.vm_id].c_bit_mask
         top = 0 if self._virtual_tom is None else self._virtual_tom(vcpu)
-        if top:
-            width = mask.bit_length() - 1
-            context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, 0, width)
-        else:
-            context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, mask)
+        c_bit, width = (0, mask.bit_length() - 1) if top else (mask, PHYSICAL_BITS)
+        context = paging_context(system.cr0, system.cr3, system.cr4, system.efer, c_bit, width)
         kind = int(kind)
         access = (
             (_WALK_WRITE if kind & _WRITE else 0)

@@ -54,7 +54,7 @@ class Leaf(NamedTuple):
     edx: int = 0
 
 
-class Refused(Exception):  # the way out of a look-up, caught in `cpuid_from`
+class NoValidAnswer(Exception):  # the way out of a look-up, caught in `cpuid_from`
     """The table cannot answer: a state that is not valid for an SNP guest."""
 
 
@@ -88,7 +88,7 @@ def in_range(table: tuple[CpuidEntry, ...], leaf: int) -> bool:
 
 
 def xsave_bytes(table: tuple[CpuidEntry, ...], features: int, *, compacted: bool) -> int:
-    """The size of the XSAVE area with these features. Raises `Refused` for a feature that the table has not."""
+    """The size of the XSAVE area with these features. Raises `NoValidAnswer` for a feature that the table has not."""
     size, found = XSAVE_LEGACY_BYTES, 0
     for entry in table:
         bit = 1 << entry.ecx_in if entry.eax_in == 0xD and 1 < entry.ecx_in < 64 else 0
@@ -97,7 +97,7 @@ def xsave_bytes(table: tuple[CpuidEntry, ...], features: int, *, compacted: bool
         found |= bit
         size = size + entry.eax if compacted else max(size, entry.eax + entry.ebx)
     if found != features & ~0b11:
-        raise Refused
+        raise NoValidAnswer
     return size
 
 
@@ -159,7 +159,7 @@ def _xsave(context: VcContext, _leaf: int, subleaf: int, own: Leaf, table: tuple
     features = context.system.xcr0 if context.system.cr4 & CR4_OSXSAVE else 1
     if subleaf:
         if not own.eax & (XSAVEC | XSAVES):
-            raise Refused
+            raise NoValidAnswer
         features |= context.system.xss if own.eax & XSAVES else 0
     return own._replace(ebx=xsave_bytes(table, features, compacted=bool(subleaf)))
     yield  # as all of them, a generator
@@ -205,7 +205,7 @@ def make_cpuid(before: Callable[[VcContext, VcInsn], VcHandler]) -> Callable[[Vc
             patch = PATCHES.get(leaf)
             try:
                 answer = answer if patch is None else (yield from patch(context, leaf, subleaf, answer, table))
-            except Refused:
+            except NoValidAnswer:
                 outcome = Outcome.VMM_ERROR if context.ghcb else Outcome.TERMINATE
                 return VcResult(outcome, reason=f"CPUID {leaf:#x}, {subleaf:#x}: the table has no valid answer")
         regs.rax, regs.rbx, regs.rcx, regs.rdx = answer

@@ -8,7 +8,7 @@ from sevlab.core.svm import ExitCode
 from sevlab.plugins.sev_es import CR4_OSXSAVE, ForgeMsr, ForgeReply, GhcbRequest, GuestFailed, MsrReply, Terminated
 from sevlab.plugins.snp.cpuid_table import build_table
 from sevlab.plugins.snp.driver import LaunchPage
-from sevlab.plugins.snp.guest_cpuid import CR4_PKE, Refused, table_of, xsave_bytes
+from sevlab.plugins.snp.guest_cpuid import CR4_PKE, NoValidAnswer, table_of, xsave_bytes
 from sevlab.plugins.snp.guest_pages import CpuidEntry, CpuidHeader
 from sevlab.plugins.snp.launch_digest import PageType
 from sevlab.plugins.snp.records import UseCpuidPage
@@ -137,7 +137,7 @@ def test_a_feature_that_the_table_has_not_is_no_valid_state(guest):
 def test_a_feature_counts_once():
     entry = CpuidEntry.from_bytes(CpuidEntry.build(eax_in=0xD, ecx_in=2, eax=0x100, ebx=0x240))
     assert xsave_bytes((entry, entry), 4, compacted=True) == 0x340
-    with pytest.raises(Refused):
+    with pytest.raises(NoValidAnswer):
         xsave_bytes((entry,), 1 << 63 | 4, compacted=True)
 
 
