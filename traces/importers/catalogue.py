@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from sevlab.core.config import GuestConfig, MachineConfig
 from sevlab.core.errors import TraceFormatError
 from sevlab.traces.importers import ccp_log, ghcb_lines, kvm_text, trace_dat, xentrace
-from sevlab.traces.importers.source import Source, open_source
+from sevlab.traces.importers.source import UNPACK_ERRORS, Source, open_source
 from sevlab.traces.schema import Entry, Header
 from sevlab.traces.schema import Source as Origin
 
@@ -98,10 +97,26 @@ class Capture(NamedTuple):
         """The entries; the file is closed behind the last one. Raises `TraceFormatError` for one that is damaged."""
         try:
             yield from self.log.entries()
-        except (OSError, EOFError, LZMAError) as error:
+        except UNPACK_ERRORS as error:
             raise TraceFormatError(f"{self.source.path}: cannot be unpacked further: {error}") from error
         finally:
             self.source.close()
+
+
+def choose(source: Source, format_name: str = "") -> Format:
+    """The format of a source, or the one that is named. Raises `TraceFormatError` as `open_capture`."""
+    if format_name:
+        named = next((one for one in FORMATS if one.name == format_name), None)
+        if named is None:
+            names = ", ".join(one.name for one in FORMATS)
+            raise TraceFormatError(f"{source.path}: format {format_name!r}: expected one of {names}")
+        return named
+    reasons = [(one, one.refuses(source.head)) for one in FORMATS]
+    chosen = next((one for one, reason in reasons if not reason), None)
+    if chosen is None:
+        tried = "\n".join(f"  {one.name}: {reason}" for one, reason in reasons)
+        raise TraceFormatError(f"{source.path}: no format that is known; tried:\n{tried}")
+    return chosen
 
 
 def open_capture(path: str | Path, format_name: str = "") -> Capture:
@@ -109,21 +124,12 @@ def open_capture(path: str | Path, format_name: str = "") -> Capture:
 
     Raises `TraceFormatError` that says what was tried and why each failed, or that the format is unknown.
     """
-    path = Path(path)
-    source = open_source(path)
-    if format_name:
-        chosen = next((one for one in FORMATS if one.name == format_name), None)
-        if chosen is None:
-            source.close()
-            names = ", ".join(one.name for one in FORMATS)
-            raise TraceFormatError(f"{path}: format {format_name!r}: expected one of {names}")
-    else:
-        reasons = [(one, one.refuses(source.head)) for one in FORMATS]
-        chosen = next((one for one, reason in reasons if not reason), None)
-        if chosen is None:
-            source.close()
-            tried = "\n".join(f"  {one.name}: {reason}" for one, reason in reasons)
-            raise TraceFormatError(f"{path}: no format that is known; tried:\n{tried}")
+    source = open_source(Path(path))
+    try:
+        chosen = choose(source, format_name)
+    except TraceFormatError:
+        source.close()
+        raise
     config = MachineConfig(plugins=chosen.plugins, guests=(GuestConfig(vcpus=MAX_VCPUS, memory_bytes=GUEST_BYTES),))
-    header = Header(config=config, source=Origin(chosen.name, path.name, source.sha256()))
+    header = Header(config=config, source=Origin(chosen.name, source.path.name, source.sha256()))
     return Capture(chosen, chosen.open(source), header, source)

@@ -19,12 +19,16 @@ from sevlab.core.vocabulary import Record
 from sevlab.traces.importers.log_records import OpaqueEvent
 from sevlab.traces.schema import NO_VCPU, Entry
 
-STAMP = re.compile(r"\s*(?:\[\s*(?P<time>\d+\.\d+)\]\s*)?(?P<text>.*)")
-COMMAND = re.compile(r"(?:\S+ )*?sev command id (?P<id>0x[0-9a-f]+) buffer 0x(?P<spa>[0-9a-f]+) timeout \d+s")
-FAILED = re.compile(r"(?:\S+ )*?sev command (?P<id>0x[0-9a-f]+) (?:failed \((?P<status>0x[0-9a-f]+)\)|timed out.*)")
-DUMP = re.compile(r"\((?P<side>in|out)\):\s+(?P<offset>[0-9a-f]{8}): (?P<bytes>[0-9a-f]{2,4}(?: [0-9a-f]{2,4})*)")
+STAMP = re.compile(r"\s*(?:\[\s*(?P<time>\d{1,10}\.\d{1,9})\]\s*)?(?P<text>.*)")
+COMMAND = re.compile(r"(?:\S+ )*?sev command id (?P<id>0x[0-9a-f]{1,8}) buffer 0x(?P<spa>[0-9a-f]{1,16}) timeout \d+s")
+FAILED = re.compile(
+    r"(?:\S+ )*?sev command (?P<id>0x[0-9a-f]{1,8}) (?:failed \((?P<status>0x[0-9a-f]{1,8})\)|timed out.*)"
+)
+GROUP = "[0-9a-f]{2}(?:[0-9a-f]{2})?"
+DUMP = re.compile(rf"\((?P<side>in|out)\):\s+(?P<offset>[0-9a-f]{{8}}): (?P<bytes>{GROUP}(?: {GROUP})*)")
 WORD_DIGITS = 4
 MAX_BUFFER_BYTES = 4096
+MAX_NESTED = 16
 INTERFACE = "sev"
 TIMED_OUT = 0xFFFF_FFFF
 """Stands for the status of a command that the firmware did not finish."""
@@ -92,6 +96,8 @@ class CcpLog:
             if begun is not None:
                 if stack and not stack[-1].before:
                     yield stack.pop().entry()  # it has no buffer: nothing more is printed of it
+                if len(stack) >= MAX_NESTED:
+                    yield stack.pop(0).entry()
                 stack.append(_Command(int(begun["id"], 16), int(begun["spa"], 16), time_ns))
                 self._commands[stack[-1].number] += 1
                 continue

@@ -102,7 +102,11 @@ class Exchanges:
                 self._serving.pop(tid, None)
                 thread.exit, thread.body, thread.served = None, [], 0
                 yield from self._in_order()
+            elif action is LEAVE and thread.vcpu < 0:
+                yield Entry(time_ns, NO_VCPU, thread.activity, (record,))  # the log begins here: no exchange is whole
             elif action is LEAVE:
+                if thread.exit is not None:
+                    yield from self._cut_off(thread, position)
                 thread.exit, thread.started, thread.inside, thread.arrivals = record, time_ns, False, None
             elif action is LOSE:
                 yield from self._flush(time_ns)
@@ -121,6 +125,14 @@ class Exchanges:
                 else:
                     yield Entry(time_ns, thread.vcpu, thread.activity, (record,))
         yield from self._flush(0)
+
+    def _cut_off(self, thread: _Thread, position: int) -> Iterator[Entry]:
+        """The exchange under way ends without an entry."""
+        self.unfinished += 1
+        self._done.append((thread.served or position, self._exchange(thread, None)))
+        self._serving.pop(thread.tid, None)
+        thread.body, thread.served = [], 0
+        yield from self._in_order()
 
     def _in_order(self) -> Iterator[Entry]:
         """What is done and no exchange under way was served before: devices saw the accesses in this order."""

@@ -15,12 +15,17 @@ from typing import Any
 from sevlab.core.cpu import GPR_NAMES
 from sevlab.core.events import GuestExit
 from sevlab.core.svm import ExitCode
+from sevlab.core.units import MASK64
 from sevlab.core.vocabulary import Record
 from sevlab.traces.importers.log_records import GhcbMsrTraffic, GhcbPageTraffic, HostActivity
 from sevlab.traces.schema import Entry
 
 VALID_LOW, VALID_HIGH = 0x3F0, 0x3F8
 OPERAND_PREFIX, WRMSR = 0x66, b"\x0f\x30"
+MAX_QWORDS = 512
+MAX_REQUESTS = 1 << 16
+"""Requests of one #VC: a string of 4 KiB elements and every CPUID leaf are far fewer."""
+
 LINES = ('["vc"', '["msr"', '["ghcb"')
 
 
@@ -63,7 +68,7 @@ class GhcbLines:
             try:
                 array = json.loads(line)
                 kind = array[0]
-                record = READERS[kind](array)
+                position, record = _plain(array[1]), READERS[kind](array)
             except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
                 self._rejected += 1
                 if len(self._examples) < 10:
@@ -72,10 +77,13 @@ class GhcbLines:
             self._events[kind] += 1
             if kind != "vc":
                 requests.append(record)
+                if len(requests) >= MAX_REQUESTS:
+                    yield Entry(number, 0, step, tuple(requests))
+                    step, requests = HostActivity(0), []
                 continue
             if requests or isinstance(step, GuestExit):
                 yield Entry(number, 0, step, tuple(requests))
-            step, requests, number = record, [], int(array[1])
+            step, requests, number = record, [], position
             self._exchanges += 1
         if requests or isinstance(step, GuestExit):
             yield Entry(number, 0, step, tuple(requests))
@@ -97,17 +105,23 @@ class GhcbLines:
 
 
 def _number(text: str) -> int:
-    return int(text, 16)
+    return _plain(int(text, 16))
+
+
+def _plain(number: Any) -> int:
+    if type(number) is not int or not 0 <= number <= MASK64:
+        raise ValueError(f"{number!r:.40} is no number of 64 bits")
+    return number
 
 
 def _vc(array: list[Any]) -> Record:
     _, _, code, rip, insn, regs, rflags, cpl = array
     values = [_number(value) for value in regs]
-    registers = (*zip(GPR_NAMES, values, strict=True), ("rflags", _number(rflags)), ("cpl", int(cpl)))
+    registers = (*zip(GPR_NAMES, values, strict=True), ("rflags", _number(rflags)), ("cpl", _plain(cpl)))
     data = bytes.fromhex(insn)
-    info = exit_info(int(code), data, values[2])
+    info = exit_info(_plain(code), data, values[2])
     return GuestExit(
-        0, _number(rip), int(code), info, 0, data, 64, 0, 0, registers, (), (), False, (), False, False
+        0, _number(rip), code, info, 0, data, 64, 0, 0, registers, (), (), False, (), False, False
     )  # fmt: skip
 
 
@@ -118,12 +132,14 @@ def _msr(array: list[Any]) -> Record:
 def _page(array: list[Any]) -> Record:
     _, _, _, gpa, before, version, usage, data, after, data_after = array
     return GhcbPageTraffic(
-        _number(gpa), _qwords(before), int(version), int(usage), bytes.fromhex(data), _qwords(after),
+        _number(gpa), _qwords(before), _plain(version), _plain(usage), bytes.fromhex(data), _qwords(after),
         bytes.fromhex(data_after),
     )  # fmt: skip
 
 
 def _qwords(mapping: dict[str, str]) -> tuple[tuple[int, int], ...]:
+    if len(mapping) > MAX_QWORDS:
+        raise ValueError(f"{len(mapping)} qwords in a page")
     return tuple((_number(offset), _number(value)) for offset, value in mapping.items())
 
 

@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from sevlab.core.units import MASK64
+from sevlab.core.vocabulary import spec_of
 from sevlab.traces.importers.names import CONVERTERS
 
 FIELD = re.compile(r"\{(\w+):([^}]*)\}|<|>")
@@ -29,29 +30,30 @@ Convert = Callable[[str], Any]
 
 
 class Layout(NamedTuple):
-    """A compiled template: `match` of the whole body, and for each of its groups the field and its conversion."""
+    """A compiled template: `match` of the whole body, and for each group its field, conversion, and if it may miss."""
 
     match: Callable[[str], re.Match[str] | None]
-    convert: tuple[tuple[str, Convert], ...]
+    convert: tuple[tuple[str, Convert, bool], ...]
 
     def parser(self, record: Any, absent: Mapping[str, Any]) -> Callable[[str], Any | None]:
         """A function from a body to a `record`, or to None when it has another layout; `absent` fills what is left.
 
         The fields' conversions become one generated expression: a log has many bodies.
         """
-        places = {name: place for place, (name, _) in enumerate(self.convert)}
+        places = {name: place for place, (name, _, _) in enumerate(self.convert)}
         scope: dict[str, Any] = {"new": tuple.__new__, "cls": record, "int": int}
         fields = []
-        for name in record._fields:
-            place = places.get(name)
+        for field in spec_of(record).fields:
+            name, place = field.name, places.get(field.name)
             if place is None:
                 scope[f"absent_{name}"] = absent[name]
                 fields.append(f"absent_{name}")
-            elif self.convert[place][1] is _hex:
-                fields.append(f"int(groups[{place}], 16)")
-            else:
-                scope[f"convert_{place}"] = self.convert[place][1]
-                fields.append(f"convert_{place}(groups[{place}])")
+                continue
+            _, scope[f"convert_{place}"], may_miss = self.convert[place]
+            given = f"convert_{place}(groups[{place}])"
+            if self.convert[place][1] is _hex:
+                given = f"int(groups[{place}], 16)"
+            fields.append(f"({given},)" if field.type is tuple and not may_miss else given)
         make = eval(f"lambda groups: new(cls, ({', '.join(fields)},))", scope)  # noqa: S307  # names of our declarations
         match = self.match
 
@@ -94,7 +96,7 @@ FORMS: Mapping[str, tuple[str, Convert]] = {
 def compile_layout(template: str) -> Layout:
     """The parser of a template. Raises `ValueError` or `KeyError` for one that is not well formed."""
     pattern, depth, at = "", 0, 0
-    convert: list[tuple[str, Convert]] = []
+    convert: list[tuple[str, Convert, bool]] = []
     for token in FIELD.finditer(template):
         pattern += re.escape(template[at : token.start()])
         at = token.end()
@@ -106,14 +108,15 @@ def compile_layout(template: str) -> Layout:
         kind, _, rest = form.partition(":")
         if kind == "is":
             pattern += f"(?P<{name}>{re.escape(rest)})?"
-            convert.append((name, lambda text: text is not None))
+            convert.append((name, lambda text: text is not None, False))
         elif kind == "one":
             first, second = rest.split("|")
             pattern += f"(?P<{name}>{re.escape(first)}|{re.escape(second)})"
-            convert.append((name, second.__eq__))
+            convert.append((name, second.__eq__, False))
         else:
             expression, make = FORMS[kind] if kind in FORMS else (r".+?", CONVERTERS[kind])
             pattern += f"(?P<{name}>{expression})"
-            convert.append((name, _optional(make) if depth and kind in ("x", "d") else make))
+            may_miss = depth > 0 and kind in ("x", "d")
+            convert.append((name, _optional(make) if may_miss else make, may_miss))
     pattern += re.escape(template[at:])
     return Layout(re.compile(pattern).fullmatch, tuple(convert))

@@ -41,7 +41,7 @@ def lines(source: Source) -> Iterator[str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            errors="surrogateescape",
+            errors="backslashreplace",
         ) as process:
             assert process.stdout is not None
             assert process.stderr is not None

@@ -48,6 +48,7 @@ NAMES = {
 """The HVM events that Xen emits; any other id is unknown."""
 
 _WORD, _TSC = Struct("<I"), Struct("<Q")
+MAX_RECORDS = 1 << 16
 COM_SIZE = 1 << 4
 IN, STRING = 1 << 0, 1 << 2
 LONG = 64
@@ -113,6 +114,10 @@ class XenTrace:
                 body.append(XenEvent(event, words))
             elif event not in (CPU_CHANGE, WRAP):
                 body.append(XenEvent(event, words))
+            if len(body) > MAX_RECORDS:  # no exchange is so long: it does not end
+                self._unfinished += exit_ is not None
+                yield Entry(time, NO_VCPU, HostActivity(0), (*_begin(exit_), *body))
+                exit_, body = None, []
         if exit_ is not None:
             self._unfinished += 1
             yield self._exchange(exit_, body, None)
@@ -144,6 +149,11 @@ class XenTrace:
             "rejected": int(bool(self._damage)),
             "examples": [self._damage] if self._damage else [],
         }
+
+
+def _begin(exit_: tuple[int, int, tuple[int, ...]] | None) -> tuple[XenEvent, ...]:
+    """The record of an exit that became no exchange."""
+    return () if exit_ is None else (XenEvent(exit_[0], exit_[2]),)
 
 
 KNOWN = frozenset((*NAMES, LOST_RECORDS, WRAP))
