@@ -313,9 +313,11 @@ class Memory:
                 self._saved[pfn] = page.copy(page.epoch, keep=True)
             page.epoch = self.epoch
 
-    def touched(self, pfn: int) -> bool:
-        """Whether page `pfn` may differ from what `reset` returns to."""
-        return self.pages[pfn].epoch == self.epoch
+    def ask_again(self) -> None:
+        """All is as at the mark: pages stay noted only if they are stored to again, which the engine is to say anew."""
+        for pfn in self._saved.keys() & self.lent:
+            self.pages[pfn].epoch = self.epoch - 1
+            del self._saved[pfn]
 
     def _recall(self, pfn: int) -> None:
         if self.recalled is not None:
@@ -396,12 +398,9 @@ class Memory:
         """Numbers of the pages that were written since the mark; a view that follows."""
         return self._saved.keys()
 
-    def differs(self, pfn: int) -> bool:
-        """Whether a page that was written since `mark` holds other bytes than then, or is another's."""
-        before, page = self._saved[pfn], self.pages.get(pfn)
-        if before is None or page is None:
-            return before is not page
-        return page.key is not before.key or page.data != before.data
+    def marked(self, pfn: int) -> Page | None:
+        """What a page that was written since `mark` was then; None: nothing."""
+        return self._saved[pfn]
 
     def unwritten(self, pfns: set[int]) -> bool:
         """Whether none of these pages can have been written since the mark."""

@@ -27,6 +27,8 @@ class Paired:
 
     def judge(self, steps: Sequence[Record]) -> tuple[Finding, ...]:
         """Both oracles on one sequence."""
+        if not self._runner.pairs:
+            return ()
         return (*self.interference(steps), *self.differential(steps))
 
     def interference(self, steps: Sequence[Record]) -> tuple[Finding, ...]:

@@ -50,6 +50,9 @@ class Runner:
     `options` go over the target's. Raises `CampaignError`, `ConfigError` or `PluginError` for what cannot be composed.
     """
 
+    pairs = True
+    """Whether the machine alone says what an input does, so that two runs of it can be compared."""
+
     def __init__(
         self,
         target: Target,

@@ -36,7 +36,8 @@ class InputTooSlow(Exception):
     """An input used up its time."""
 
 
-def _too_slow(_signal: int, _frame: FrameType | None) -> None:
+def too_slow(_signal: int, _frame: FrameType | None) -> None:
+    """The alarm's handler."""
     raise InputTooSlow(f"an input ran for more than {INPUT_SECONDS:g} s")
 
 
@@ -127,7 +128,7 @@ def main() -> None:
     """Run one worker as its arguments say."""
     folder, name, number, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.signal(signal.SIGALRM, _too_slow)
+    signal.signal(signal.SIGALRM, too_slow)
     engine = make_engine(options["engine"])
     store = Store(Path(folder))
     setup = Setup.of(store)

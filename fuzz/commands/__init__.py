@@ -15,6 +15,7 @@ COMMANDS: tuple[CommandSpec, ...] = (
     CommandSpec("minimise", "Make a finding smaller", f"{_HERE}.results:minimise", "fuzz"),
     CommandSpec("cover", "Show what messages and code a corpus reaches", f"{_HERE}.results:cover", "fuzz"),
     CommandSpec("corpus", "Import, export or minimise a campaign's corpus", f"{_HERE}.corpus:corpus", "fuzz"),
+    CommandSpec("again", "Play a finding of a real guest again", f"{_HERE}.guest:again", "fuzz"),
     CommandSpec("export", "Write a finding as a test or a program for elsewhere", f"{_HERE}.results:export", "fuzz"),
 )
 

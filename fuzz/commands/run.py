@@ -5,14 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from sevlab.core.cli import echo_json
 from sevlab.core.errors import ConfigError
+from sevlab.fuzz.commands.guest import start_of
+
+if TYPE_CHECKING:
+    from sevlab.plugins.engines.start import Start
 
 EXIT_FOUND = 1
 LINE_SECONDS = 10.0
+GUEST = "guest-vc"
 
 
 @click.command()
@@ -41,6 +46,21 @@ def targets(*, as_json: bool) -> None:
 @click.option("--given", multiple=True, metavar="NAME=MODULE", help="A plugin that is not installed.")
 @click.option("--set", "settings", multiple=True, metavar="PLUGIN.OPTION=VALUE", help="An option; the plugin joins.")
 @click.option("--resume/--fresh", "resume", default=True, help="Go on with a campaign that is there, or refuse to.")
+@click.option("--kernel", type=click.Path(path_type=Path), help="guest-vc: the guest, a bzImage, vmlinux or ELF.")
+@click.option(
+    "--at",
+    default="cpuid",
+    show_default=True,
+    metavar="PLACE",
+    help="guest-vc: where: the n-th exit of a kind (ioio:40), an address or a symbol.",
+)
+@click.option("--after", default="", metavar="TEXT", help="guest-vc: count exits from where the console shows TEXT.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="guest-vc: the initial RAM disk of a Linux kernel.")
+@click.option("--append", default="", metavar="CMDLINE", help="guest-vc: the kernel's command line.")
+@click.option("--memory", default="256 MiB", show_default=True, help="guest-vc: memory of the guest.")
+@click.option(
+    "--strict", is_flag=True, help="guest-vc: judge the halves of registers that an instruction ignores, too."
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines while it runs, and the findings at the end.")
 def run(
     *,
@@ -54,9 +74,19 @@ def run(
     given: tuple[str, ...],
     settings: tuple[str, ...],
     resume: bool,
+    kernel: Path | None,
+    at: str,
+    after: str,
+    initrd: Path | None,
+    append: str,
+    memory: str,
+    strict: bool,
     as_json: bool,
 ) -> None:
-    """Fuzz TARGETs in a campaign; exit code 1 when there are findings."""
+    """Fuzz TARGETs in a campaign; exit code 1 when there are findings.
+
+    The target guest-vc is a real guest's #VC handler, executed: it needs --kernel, and runs alone.
+    """
     from sevlab.fuzz.campaign import Plan
     from sevlab.fuzz.campaign import run as run_campaign
     from sevlab.fuzz.setup import Setup
@@ -64,6 +94,12 @@ def run(
 
     if not seconds and not runs:
         raise ConfigError("--seconds 0 and --runs 0: a campaign needs a limit")
+    if GUEST in names or kernel is not None:
+        if names != (GUEST,) or workers != 1 or given:
+            raise ConfigError(f"{GUEST} runs alone, with one worker and nothing given")
+        start = start_of(kernel, at=at, after=after, initrd=initrd, append=append, memory=memory, strict=strict)
+        _guest(folder, start, (seconds, runs, seed, engine), resume=resume, as_json=as_json)
+        return
     plan = Plan(targets=tuple(dict.fromkeys(names)), workers=workers, seconds=seconds, runs=runs, seed=seed,
                 engine=engine, setup=Setup(given, settings))  # fmt: skip
     with _view(as_json=as_json) as view:
@@ -76,6 +112,24 @@ def run(
         for stored in found:
             click.echo(f"{stored.target} {stored.identity} {stored.oracle}: {stored.rule}: {stored.message}")
         click.echo(f"{len(found)} findings in {folder}" + ("; see them with: sevlab fuzz triage" if found else ""))
+    if found:
+        sys.exit(EXIT_FOUND)
+
+
+def _guest(
+    folder: Path, start: Start | None, work: tuple[float, int, int, str | None], *, resume: bool, as_json: bool
+) -> None:
+    from sevlab.fuzz import guest_vc_campaign as campaign
+
+    with _view(as_json=as_json) as view:
+        store = campaign.run(folder, start, campaign.Work(*work), view, fresh=not resume)
+    found = campaign.minimise(store)
+    if as_json:
+        echo_json({"campaign": str(folder), "seed": work[2], **store.status()})
+    else:
+        for stored in found:
+            click.echo(f"{stored.identity} {stored.rule}: {stored.message}")
+        click.echo(f"{len(found)} findings in {folder}" + ("; see one with: sevlab fuzz again" if found else ""))
     if found:
         sys.exit(EXIT_FOUND)
 

@@ -1,7 +1,8 @@
-"""Which blocks of a guest's code ran, and a stop where it comes back: native code that Unicorn calls at each block.
+"""Which blocks of a guest's code ran, and stops at places in it: native code that Unicorn calls at each block.
 
 The code is a few instructions of the host without Python. A block in the traced range is noted once a run for each pair
-(block before, block): what libFuzzer calls an edge. A block that begins in the stop range ends the run before it.
+(block before, block): what libFuzzer calls an edge, but not for a block behind itself. A block that begins in the stop
+range or at a mark ends the run before it.
 
 Source: unicorn 2.1.4, uc.c (helper_uc_tracecode), include/unicorn/unicorn.h (uc_cb_hookcode_t); System V ABI for
 x86-64, 3.2.3 (arguments: rdi engine, rsi address, edx size, rcx what the hook was given).
@@ -21,20 +22,27 @@ if TYPE_CHECKING:
     from sevlab.plugins.engines.unicorn_engine import UnicornCpu
 
 EDGES = 1 << 16
-CODE_AT, WORDS_AT, SEEN_AT = 0, 0x800, 0x1000
+WORDS_AT, SEEN_AT = 0x800, 0x1000
 LOG_AT = SEEN_AT + 4 * EDGES
-ROOM_BYTES = LOG_AT + 8 * EDGES
-LOW, SPAN, STOP_LOW, STOP_SPAN, STOPPED, STOP, COUNT, BEFORE, RUN = range(9)
-"""Words: the traced range, the stop range, whether a block stopped the run, uc_emu_stop, how many edges are noted, the
-block before, the number of the run."""
+MARKS_AT = LOG_AT + 8 * EDGES
+ROOM_BYTES = MARKS_AT + EDGES
+LOW, SPAN, STOP_LOW, STOP_SPAN, STOPPED, STOP, COUNT, BEFORE, RUN, LAST = range(10)
+"""Words: the traced range, the stop range, whether a block stopped the run, uc_emu_stop, how many edges are noted, a
+hash of the block before, the number of the run, the block that ran last: with several hooks Unicorn calls each several
+times a block."""
 
 CODE = bytes.fromhex(
-    "488b4110"  # mov rax, [rcx+16]       STOP_LOW
+    "483b7148"  # cmp rsi, [rcx+72]       LAST
+    "7464"  # je out
+    "48897148"  # mov [rcx+72], rsi
     "4989f0"  # mov r8, rsi
-    "4929c0"  # sub r8, rax
+    "4c2b4110"  # sub r8, [rcx+16]        STOP_LOW
     "4c3b4118"  # cmp r8, [rcx+24]        STOP_SPAN
-    "7247"  # jb stop
-    "482b31"  # sub rsi, [rcx]            LOW
+    "7254"  # jb stop
+    "0fb7c6"  # movzx eax, si
+    "80bc0100080c0000"  # cmp byte [rcx+rax+0xc0800], 0
+    "7547"  # jne stop
+    "482b31"  # sub rsi, [rcx]        LOW
     "483b7108"  # cmp rsi, [rcx+8]        SPAN
     "733d"  # jae out
     "69c6b179379e"  # imul eax, esi, 0x9e3779b1
@@ -70,7 +78,7 @@ class BlockTrace:
         self._room[: len(CODE)] = CODE
         view = memoryview(self._room)
         self._words = view[WORDS_AT : WORDS_AT + 128].cast("Q")
-        self._log = view[LOG_AT:ROOM_BYTES].cast("Q")
+        self._log = view[LOG_AT:MARKS_AT].cast("Q")
         engine.hook_blocks(self._place)
 
     def _place(self, stop: int) -> tuple[int, int]:
@@ -86,14 +94,22 @@ class BlockTrace:
         """End a run before a block from `low` up to `end`."""
         self._words[STOP_LOW], self._words[STOP_SPAN] = low, end - low
 
+    def mark(self, address: int) -> None:
+        """End a run before a block at `address`, and at times before another whose address ends in the same 16 bits."""
+        self._room[MARKS_AT + (address & 0xFFFF)] = 1
+
+    def skip(self, address: int) -> None:
+        """Let the block at `address` pass, when the next run begins there."""
+        self._words[LAST] = address
+
     def begin(self) -> None:
         """Nothing has run."""
         words = self._words
-        words[COUNT] = words[BEFORE] = 0
+        words[COUNT] = words[BEFORE] = words[STOPPED] = words[LAST] = 0
         words[RUN] += 1
 
     def take_stop(self) -> bool:
-        """Whether a block in the stop range ended the run that is just over."""
+        """Whether a block in the stop range or at a mark ended the run that is just over."""
         stopped = self._words[STOPPED]
         self._words[STOPPED] = 0
         return bool(stopped)

@@ -20,6 +20,8 @@ LONG_NAME = 0x80
 BASE = (0xFFFF_FFFF_8100_0000).to_bytes(8, "little")
 """Where a kernel that is not moved has its text."""
 FUNCTIONS = "tTwW"
+ENDS = ("__start_", "__stop_")
+"""Of sections: how the linker's names for where they begin and end begin."""
 MASK64 = (1 << 64) - 1
 
 
@@ -32,7 +34,7 @@ class Tokens(NamedTuple):
 
 
 def kernel_symbols(image: bytes) -> Symbols:
-    """The functions of a kernel's image, uncompressed; none where it has no table."""
+    """The functions and the ends of sections in a kernel's image, uncompressed; none where it has no table."""
     at = image.find(DIGITS)
     while at >= 0:
         tokens = _tokens(image, at)
@@ -114,6 +116,6 @@ def _with_addresses(names: list[str], base: int, offsets: tuple[int, ...]) -> Sy
         [
             (base - 1 - offset & MASK64, name[1:])
             for offset, name in zip(offsets, names, strict=True)
-            if offset < 0 and name[:1] in FUNCTIONS
+            if offset < 0 and (name[:1] in FUNCTIONS or name[1:].startswith(ENDS))
         ]
     )

@@ -108,11 +108,12 @@ def boot(
     *,
     paging: Paging = Paging.OWN,
     before_start: Callable[[], None] | None = None,
+    make: type[Execution] = Execution,
 ) -> Booted:
     """Load or launch `image` as VM 0 of `machine` and put an engine on its first vCPU.
 
-    `before_start` is called when all is loaded and nothing has run. Raises `ConfigError` when the launch or the engine
-    refuses.
+    `before_start` is called when all is loaded and nothing has run; `make` is the kernel's side of the engine. Raises
+    `ConfigError` when the launch or the engine refuses.
     """
     vm = machine.hypervisor.vms[0]
     vcpu = machine.vcpus[vm.vcpu_ids[0]]
@@ -130,7 +131,7 @@ def boot(
     arena = Arena(machine.memory.size_bytes)
     nested = NestedPaging(mask) if paging is Paging.NESTED else None
     mmu = Mmu(machine, vcpu, arena, nested=nested is not None)
-    execution = Execution(machine, vcpu, mmu)
+    execution = make(machine, vcpu, mmu)
     execution.attach(UnicornCpu(vcpu, arena.map, execution, nested=nested))
     execution.enter()
     return Booted(machine, vm, execution, image, digest, before_start is not None)

@@ -282,7 +282,7 @@ class Mmu:
         if self.journaled and rights & W:
             if kind & WRITE:
                 self._memory.touch(pfn)
-            elif not self._memory.touched(pfn):
+            elif pfn not in self._memory.written():
                 rights &= ~W
         return place.spa & -PAGE_BYTES, rights
 

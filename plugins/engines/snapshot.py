@@ -18,11 +18,20 @@ from sevlab.plugins.engines.unicorn_engine import UnicornCpu
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sevlab.core.memory import Memory
     from sevlab.core.vocabulary import Record
     from sevlab.plugins.engines.execution import Execution
 
 
 VMGEXIT_BYTES = 4
+
+
+def differs(memory: Memory, pfn: int) -> bool:
+    """Whether a page that was written since the mark holds other bytes than then, or is another's."""
+    before, page = memory.marked(pfn), memory.pages.get(pfn)
+    if before is None or page is None:
+        return before is not page
+    return page.key is not before.key or page.data != before.data
 
 
 def run_to(run: Execution, wanted: Callable[[Record], bool]) -> bool:
@@ -51,6 +60,8 @@ def run_to(run: Execution, wanted: Callable[[Record], bool]) -> bool:
 
 
 PAUSED = "paused"
+ASK_AGAIN = 256
+"""After so many returns, pages that only an odd run stored to are no longer copied."""
 
 
 class Snapshot:
@@ -69,6 +80,7 @@ class Snapshot:
         self._cr3 = run.vcpu.system.cr3
         self._ticks = run.pending_ticks
         self._seen = (0, 0, 0)
+        self._restored = 0
         self._tables: set[int] = set()
         self._code: set[int] = set()
         run.ended = None
@@ -97,8 +109,12 @@ class Snapshot:
         changed = mmu.flushes != self._flushes
         stale = changed or mmu.nested or mmu.walked_exactly or self._run.vcpu.system.cr3 != self._cr3
         if self._tables and not stale:  # the engine's translations would outlive what they stand for
-            stale = any(memory.differs(pfn) for pfn in self._tables)
+            stale = any(differs(memory, pfn) for pfn in self._tables)
         self._machine.reset(forget=changed)
+        self._restored += 1
+        if not self._restored % ASK_AGAIN:
+            memory.ask_again()
+            stale = True
         for pfn in self._code:
             self._engine.spoiled(pfn << PAGE_SHIFT)
         if stale:

@@ -34,6 +34,14 @@ class Symbols:
         start, name = self._found[at]
         return f"{name}+{address - start:#x}" if address > start else name
 
+    def around(self, address: int) -> tuple[int, int] | None:
+        """(first address, end) of the function that `address` is in."""
+        at = bisect_right(self._addresses, address) - 1
+        if at < 0:
+            return None
+        low = self._addresses[at]
+        return low, next((other for other in self._addresses[at:] if other > low), low + 1)
+
     def address(self, name: str) -> int | None:
         """Where a function begins."""
         return next((address for address, known in self._found if known == name), None)

@@ -67,6 +67,7 @@ from sevlab.plugins.sev_es.guest_startup import ApJumpTable, before_setup, jump_
 from sevlab.plugins.sev_es.hardware import enter_encrypted
 from sevlab.plugins.sev_es.hyperv import HypervPage
 from sevlab.plugins.sev_es.hypervisor import ghcb_window, write_reply
+from sevlab.plugins.sev_es.insn import MNEMONICS as VC_MNEMONICS
 from sevlab.plugins.sev_es.insn import VcInsn, may_raise
 from sevlab.plugins.sev_es.insn import decode as decode_vc
 from sevlab.plugins.sev_es.io_events import EVENTS as IO_EVENTS
@@ -133,6 +134,7 @@ __all__ = [
     "SHARED_BUFFER_BYTES",
     "SHARED_BUFFER_OFFSET",
     "VALID_BITS",
+    "VC_MNEMONICS",
     "ApJumpTable",
     "Broken",
     "Case",

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-GUESTS = Path(__file__).resolve().parents[2] / "guests"
-FLAGS = (
-    "-O1", "-ffreestanding", "-fno-pic", "-fno-pie", "-no-pie", "-mno-red-zone", "-mgeneral-regs-only",
-    "-fno-stack-protector", "-fcf-protection=none", "-fno-asynchronous-unwind-tables", "-nostdlib", "-static",
-    "-Wl,--build-id=none",
-)  # fmt: skip
+from tests.guests.build import build
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +16,4 @@ def flat_elf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("unicorn", reason="the engine unicorn is not installed (extra emu)")
     if shutil.which("gcc") is None:
         pytest.skip("gcc is missing: the flat guest cannot be built")
-    target = tmp_path_factory.mktemp("guests") / "flat.elf"
-    command = ["gcc", *FLAGS, f"-Wl,-T,{GUESTS / 'flat.lds'}", "-o", str(target), str(GUESTS / "flat.c")]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert not built.returncode, built.stderr
-    return target
+    return build("flat.c", tmp_path_factory.mktemp("guests") / "flat.elf")
