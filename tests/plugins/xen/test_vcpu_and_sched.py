@@ -74,7 +74,8 @@ def test_first_registers_are_checked(machine, fields, result):
     [
         ({"cr4": 0x6B0}, 0),
         ({"cr4": 0x20 | 1 << 8}, 0),  # PCE has no bit in CPUID
-        ({"cr4": 0x20 | 1 << 20}, -Errno.EINVAL),  # SMEP
+        ({"cr4": 0x20 | 1 << 20}, 0),  # SMEP
+        ({"cr4": 0x20 | 1 << 21}, -Errno.EINVAL),  # SMAP
         ({"cr4": 0x20 | 1 << 18}, -Errno.EINVAL),  # OSXSAVE
         ({"efer": 0xD01}, 0),
         ({"efer": 0x500 | 1 << 14}, -Errno.EINVAL),  # FFXSE
