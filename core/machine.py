@@ -152,6 +152,7 @@ class Machine:
 
         `forget` False: the caller knows that no nested table changed, and keeps the cached translations.
         """
+        self._records.clear()  # of a step that something left by an exception
         self._journal.reset()
         self.memory.reset()
         if forget:

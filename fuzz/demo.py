@@ -15,8 +15,8 @@ from sevlab.fuzz.setup import Setup
 from sevlab.fuzz.store import Store
 from sevlab.fuzz.triage import Triage
 
-TARGET, BUG = "ghcb", "S02"
-WHAT = "the length of a string in bytes is handed on as a number of elements (Linux 019057bd73d1)"
+TARGET, BUG = "ghcb", "S07"
+WHAT = "the XCR0 that a guest reports becomes the vCPU's without a check (Linux, sev_es_sync_from_ghcb)"
 SECONDS, RUNS, SEED = 20.0, 60_000, 1
 
 

@@ -54,13 +54,18 @@ class Paired:
         return ()
 
     def _outcomes(self, steps: Sequence[Record]) -> list[Outcome]:
+        """As far as the sequence gets: what leaves the model is a finding of the run itself, not of two of them."""
         machine = self._runner.machine
-        outcomes = []
-        for step in steps:
-            outcomes.append(machine.apply(step))
-            if self._runner.sink.tainted:
-                break
-        machine.reset()
+        outcomes: list[Outcome] = []
+        try:
+            for step in steps:
+                outcomes.append(machine.apply(step))
+                if self._runner.sink.tainted:
+                    break
+        except Exception:  # noqa: BLE001  # the runner has made a finding of it
+            return outcomes
+        finally:
+            machine.reset()
         return outcomes
 
     def _filled(self, step: Record, fill: int) -> Record:

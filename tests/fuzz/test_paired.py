@@ -53,3 +53,19 @@ def test_a_code_that_is_not_valid_may_be_repeated_but_not_used():
     runner = Runner(target_named("ghcb"))
     page = Ghcb.build(sw_exit_info_1=0, sw_exit_info_2=0)
     assert Paired(runner).judge((Vmgexit(0, GHCB_GPA, page),)) == ()
+
+
+def test_what_leaves_the_model_ends_both_runs_and_is_no_difference():
+    runner = Runner(target_named("kernel"))
+
+    def breaks(machine, step):
+        machine.emit(Value(1))
+        raise ZeroDivisionError
+
+    runner.machine.tables.steps[AdvanceClock] = breaks
+    assert Paired(runner).judge((AdvanceClock(1),)) == ()
+    assert [finding.rule for finding in runner.run((AdvanceClock(1),)).findings] == ["ZeroDivisionError"]
+    runner.machine.tables.steps[AdvanceClock] = lambda machine, step: machine.emit(Value(2))
+    outcomes = []
+    runner.run((AdvanceClock(1),), told=lambda _step, outcome: outcomes.append(outcome.records))
+    assert outcomes == [(Value(2),)]  # nothing is left of the step that broke
