@@ -76,6 +76,7 @@ class XenGuestWatch:
         self.steps: dict[tuple[str, int], Step] = {}
         self._c_bit = self.machine.vm_of(self.vcpu).c_bit_mask
         self._call: tuple[int, tuple[int, ...], Place] = (0, (), Place(0, 0))
+        self._msr = Place(0, 0)
         self._pages: dict[int, tuple[SharedPage, Place]] = {}
         self._apply = self.execution.apply
         self.execution.apply = self.apply
@@ -90,6 +91,8 @@ class XenGuestWatch:
         """A step of the guest's, and what Xen makes of it."""
         if isinstance(step, CpuExit) and step.exit_code == VMMCALL_EVENT:
             self._note_call()
+        elif isinstance(step, CpuExit) and step.exit_code == ExitCode.MSR:
+            self._msr = Place(self.vcpu.regs.rip, 0)
         elif isinstance(step, Vmgexit) and self.adapt and not step.ghcb_msr & PAGE_MASK:
             self._pass_registers(step.ghcb_msr)
         outcome = self._apply(step)
@@ -153,8 +156,8 @@ class XenGuestWatch:
         self._current().breaks(Reason.LINEAR, "" if row is None else replacement(row))
 
     def _hypercall_page(self) -> None:
-        place = Place(self.vcpu.regs.rip, 0)
-        step = self.steps.setdefault(("hypercall page", place.rip), Step("hypercall page", place))
+        """A WRMSR of the guest's: by the time that Xen serves it, an SEV-ES guest is in its #VC handler."""
+        step = self.steps.setdefault(("hypercall page", self._msr.rip), Step("hypercall page", self._msr))
         step.count += 1
         if self._c_bit:
             step.breaks(Reason.HYPERCALL_PAGE)

@@ -7,7 +7,7 @@ from sevlab.plugins.engines import Feature, Symbols, boot, compose
 from sevlab.plugins.engines.launch import c_bit_mask
 from sevlab.plugins.engines.loaders.load import load_guest
 from sevlab.plugins.io import devices
-from sevlab.plugins.xen import Errno, Evtchnop, Memop, Nr, Vcpuop, domain_of
+from sevlab.plugins.xen import Errno, Evtchnop, Memop, Nr, Vcpuop, domain_of, hypercall_page
 from sevlab.plugins.xen.arguments import AddToPhysmap, FeatureInfo, RegisterVcpuInfo
 from sevlab.plugins.xen.numbers import Domid, Version
 from sevlab.plugins.xen_guest import XenGuestWatch
@@ -26,8 +26,9 @@ CODE, STUB, FEATURES, PHYSMAP, REGISTER, INFO, SHARED, STACK = (
     0x10_5000,
 )
 WC_VERSION = SHARED + 3072
-VMMCALL, RET, OUT_F4 = b"\x0f\x01\xd9", b"\xc3", b"\xe7\xf4"
-REGISTERS = {"eax": 0xB8, "edx": 0xBA, "esp": 0xBC, "esi": 0xBE, "edi": 0xBF}
+VMMCALL, RET, OUT_F4, WRMSR = b"\x0f\x01\xd9", b"\xc3", b"\xe7\xf4", b"\x0f\x30"
+PAGE = 0x10_6000
+REGISTERS = {"eax": 0xB8, "ecx": 0xB9, "edx": 0xBA, "esp": 0xBC, "esi": 0xBE, "edi": 0xBF}
 SECRET = b"a secret of the guest's, beside it"
 
 
@@ -38,6 +39,7 @@ def load(register, value):
 def program():
     """Calls through a stub, as a kernel makes them; at the end it shows shared_info's wc_version."""
     code = load("esp", STACK)
+    code += load("ecx", 0x4000_0000) + load("edx", 0) + load("eax", PAGE) + WRMSR
     for number, first, second, third in (
         (Nr.XEN_VERSION, Version.GET_FEATURES, FEATURES, 0),
         (Nr.MEMORY_OP, Memop.ADD_TO_PHYSMAP, PHYSMAP, 0),
@@ -46,7 +48,7 @@ def program():
         code += load("edi", first) + load("esi", second) + load("edx", third) + load("eax", number)
         code += b"\xe8" + (STUB - CODE - len(code) - 5).to_bytes(4, "little", signed=True)
     code += b"\x8b\x04\x25" + WC_VERSION.to_bytes(4, "little") + OUT_F4
-    image = bytearray(0x6000)
+    image = bytearray(0x7000)
     pieces = {
         CODE: code,
         STUB: VMMCALL + RET,
@@ -86,34 +88,38 @@ NAMES = ("xen_version get_features", "memory_op add_to_physmap", "vcpu_op regist
 
 def test_a_plain_guest_has_its_steps_noted_where_they_are_made(tmp_path):
     watch, _, ended = watched(tmp_path, Feature.PLAIN)
-    assert ended == ("debug exit with status 5", True)  # version 2 of the date
+    assert ended == ("debug exit with status 9", True)  # version 4 of the date: the page latched the width
     assert results(watch) == dict.fromkeys(NAMES, 0)
     assert not any(reasons(watch).values())
-    first = watch.summary()["steps"][0]
+    page, first = watch.summary()["steps"][:2]
+    assert (page["step"], page["symbol"].split("+")[0], page["breaks"]) == ("hypercall page", "kernel", [])
     assert (first["symbol"], first["count"], first["breaks"]) == ("hypercall_stub", 1, [])
     assert first["caller_symbol"].startswith("kernel+0x")
 
 
 def test_an_sev_guest_has_every_linear_buffer_refused(tmp_path):
     watch, _, ended = watched(tmp_path, Feature.SEV)
-    assert ended != ("debug exit with status 5", True)
+    assert ended != ("debug exit with status 9", True)
     assert results(watch) == dict.fromkeys(NAMES, -Errno.EFAULT)
     assert {name: reasons(watch)[name] for name in NAMES} == {key: {Reason.LINEAR} for key in NAMES}
+    assert reasons(watch)["hypercall page"] == {Reason.HYPERCALL_PAGE}
     assert "as it did here" in "\n".join(watch.lines())
 
 
 def test_an_adapted_sev_guest_gets_through_and_is_told_all_that_was_done_for_it(tmp_path):
     watch, booted, ended = watched(tmp_path, Feature.SEV, adapt=True)
-    assert ended == ("debug exit with status 5", True)
+    assert ended == ("debug exit with status 9", True)
     assert results(watch) == dict.fromkeys(NAMES, 0)
     assert reasons(watch) == {
         **{key: {Reason.LINEAR} for key in NAMES},
+        "hypercall page": {Reason.HYPERCALL_PAGE},
         "shared_info": {Reason.PRIVATE},
         "vcpu_info": {Reason.OWN_PAGE},
     }
     read = booted.machine.access.guest_read
     assert read(booted.execution.vcpu, FEATURES + 4, 4) != bytes(4)  # Xen's answer, in the guest's own memory
     assert read(booted.execution.vcpu, INFO + 128, len(SECRET)) == SECRET
+    assert read(booted.execution.vcpu, PAGE, 4096) == hypercall_page()
     lines = "\n".join(watch.lines())
     assert "hypercall_stub" in lines
     assert "set_memory_decrypted" in lines
