@@ -20,7 +20,8 @@ def assess(file: Path, feature: str, html: Path | None, as_json: bool) -> None: 
     from sevlab.traces.assess.report import document, print_report
     from sevlab.traces.replay.files import open_entries
 
-    result = Assessor(feature).run(open_entries(file).entries)
+    with open_entries(file) as opened:
+        result = Assessor(feature).run(opened.entries)
     if html is not None:
         from sevlab.traces.assess.page import html_page
 

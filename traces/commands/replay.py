@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--only", multiple=True, help="Compare only this exit (ioio), of a recording this step; may be repeated.")
 @click.option("--stop-at-first", is_flag=True, help="Stop at the first unexplained difference.")
 @click.option("--start", default=0, help="Apply what comes before this exchange, and compare from there.")
+@click.option("--resume", is_flag=True, help="Keep the state in FILE.progress now and then, and go on from there.")
 @click.option("--feature", default="", help="Send the same accesses through a guest under sev-es or snp.")
 @click.option("--jobs", default=1, show_default=True, help="Replay so many files at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -29,6 +30,7 @@ def replay(
     only: tuple[str, ...],
     stop_at_first: bool,  # noqa: FBT001  # click passes options by name
     start: int,
+    resume: bool,  # noqa: FBT001
     feature: str,
     jobs: int,
     as_json: bool,  # noqa: FBT001
@@ -38,13 +40,15 @@ def replay(
 
     recordings = [path for path in files if _is_recording(path)]
     logs = [path for path in files if path not in recordings]
-    if recordings and (feature or start):
+    if resume and feature:
+        raise click.UsageError("--resume keeps the state of the guest as it was, not of one under a feature")
+    if recordings and (feature or start or resume):
         raise click.UsageError(
             f"{recordings[0]}: a recording replays from its start, through the machine it was made of"
         )
     limits = {"until": until, "only": frozenset(only), "stop_at_first": stop_at_first}
     differs = sum(_recorded(path, limits, as_json=as_json) for path in recordings) > 0
-    choice = Choice(until, frozenset(only), stop_at_first, start, feature)
+    choice = Choice(until, frozenset(only), stop_at_first, start, feature, resume)
     if len(logs) == 1 and jobs <= 1:
         tallies = {logs[0]: _with_progress(logs[0], choice)}
     else:
@@ -99,9 +103,9 @@ def _with_progress(path: Path, choice: Choice) -> Tally:
         return replay_file(path, choice)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from sevlab.traces.replay.files import open_entries
+    from sevlab.traces.replay.files import exchanges_in
 
-    total = choice.until or open_entries(path).exchanges or None
+    total = choice.until or exchanges_in(path) or None
     rate = TextColumn("{task.speed}/s")
     columns = (TextColumn(path.name), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

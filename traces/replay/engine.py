@@ -34,6 +34,7 @@ def machine_config(vcpus: int = MAX_VCPUS) -> MachineConfig:
 CHECKS: dict[type, Callable[[Exchange, Any], Iterator[Comparison]]] = {**COMPARATORS, XenEvent: xen_checks.event}
 """What compares which record."""
 
+KEEP_EVERY = 10_000
 
 NONE = frozenset(("",))
 """Classes that no exit has."""
@@ -45,7 +46,10 @@ class Replay:
     def __init__(self, machine: Machine | None = None) -> None:
         self.machine = machine or Machine(machine_config())
         self.tally = Tally()
-        self._x = Exchange(Context())
+        self.context = Context()
+        self.entries = 0
+        """How many entries of the log are behind it."""
+        self._x = Exchange(self.context)
         self._classes: dict[int, str] = {}
 
     def run(
@@ -57,14 +61,15 @@ class Replay:
         stop_at_first: bool = False,
         start: int = 0,
         progress: Callable[[int], None] | None = None,
+        keep: Callable[[Replay], None] | None = None,
     ) -> Tally:
-        """Replay `entries`, up to exchange number `until`; `only` compares exits of these classes, `start` those from
-        this exchange on.
+        """Replay `entries` from the one numbered `self.entries` on, up to exchange number `until`.
 
-        Every exchange is applied, compared or not: the next ones depend on its state.
+        `only` compares exits of these classes, `start` those from this exchange on. Every exchange is applied, compared
+        or not: the next ones depend on its state. `keep` is called every so many exchanges while nothing diverges.
         """
-        tally, done = self.tally, 0
-        for entry in entries:
+        tally, done = self.tally, self.done
+        for number, entry in enumerate(entries, self.entries + 1):
             if type(entry.step) is GuestExit:
                 if until is not None and done >= until:
                     break
@@ -72,11 +77,23 @@ class Replay:
                 done += 1
                 if progress is not None and not done % 1000:
                     progress(done)
+                if keep is not None and not done % KEEP_EVERY and not tally.divergences:
+                    self.entries = number
+                    keep(self)
                 if stop_at_first and tally.divergences:
                     break
             else:
                 self._host(entry)
         return tally
+
+    @property
+    def done(self) -> int:
+        """How many exchanges were applied."""
+        return self._x.number + 1
+
+    @done.setter
+    def done(self, exchanges: int) -> None:
+        self._x.number = exchanges - 1
 
     def _host(self, entry: Entry) -> None:
         for record in entry.outcome:
