@@ -12,6 +12,7 @@ from sevlab.traces.writer import TraceWriter
 
 from tests.vectors import capture_set
 
+pytestmark = pytest.mark.slow
 TINY = "kvm-svm-tiny.trace.txt.xz"
 
 
