@@ -102,10 +102,9 @@ class TraceReader:
             if entries is None:
                 continue
             skip = max(0, start - block.first_entry)
-            for number, entry in enumerate(entries[skip:] if skip else entries, block.first_entry + skip):
-                if stop is not None and number >= stop:
-                    return
-                yield number, entry
+            end = None if stop is None else max(skip, stop - block.first_entry)
+            whole = not skip and end is None
+            yield from enumerate(entries if whole else entries[skip:end], block.first_entry + skip)
             start = block.end
 
     def __getitem__(self, number: int) -> Entry:

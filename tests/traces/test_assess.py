@@ -88,6 +88,14 @@ def test_under_sev_only_what_needs_guest_memory_is_lost():
     assert result.exits == 3707
 
 
+@pytest.mark.slow
+def test_what_a_log_says_of_page_states_under_snp_and_what_it_cannot():
+    result = assessed(TINY, "snp")
+    assert result.page_state()[0].startswith("41 faults populated memory")
+    assert any("no log of exits shows" in line for line in result.page_state())
+    assert Assessor("sev-es").result.page_state() == []
+
+
 def test_a_feature_that_nobody_judges_is_refused():
     with pytest.raises(ConfigError, match="expected one of sev, sev-es, snp"):
         Assessor("tdx")

@@ -162,6 +162,21 @@ class Assessment:
         what.append("buffers that devices reach by DMA: no log of exits shows them")
         return what
 
+    def page_state(self) -> list[str]:
+        """What the guest and the hypervisor do about the RMP, and what of it no log of a plain guest can show.
+
+        Source: 24593, 15.36 (RMPUPDATE, PVALIDATE); 56421, Page State Change.
+        """
+        if self.feature != "snp":
+            return []
+        faults = sum(row.exits for row in self.rows.values() if row.kind == "RAM fault")
+        return [
+            f"{faults:,} faults populated memory: each page then is assigned (RMPUPDATE) before the guest goes on",
+            "every private page is validated once (PVALIDATE); no log of exits shows how many: a page is touched silently",
+            f"{self.vcpus} GHCB pages and what is named above become shared: a Page State Change entry each",
+            "buffers for DMA become shared and private again: a plain guest makes no exit for that",
+        ]
+
 
 class Assessor:
     """Judges entries one by one. Raises `ConfigError` for a feature that no installed plugin judges."""

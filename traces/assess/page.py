@@ -45,6 +45,8 @@ def html_page(result: Assessment, title: str) -> str:
         _hypercalls(result),
         "<h2>Must be shared memory</h2><ul>",
         *(f"<li>{escape(what)}</li>" for what in result.shared()),
+        *(("</ul><h2>Page states</h2><ul>",) if result.page_state() else ()),
+        *(f"<li>{escape(what)}</li>" for what in result.page_state()),
         "</ul><h2>Exchanges, executed</h2>",
         *_examples(result),
         "</body></html>",

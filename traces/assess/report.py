@@ -79,6 +79,7 @@ def document(result: Assessment) -> dict[str, Any]:
             for call in called(result)
         ],
         "shared": result.shared(),
+        "page_state": result.page_state(),
         "device_pages": {f"{page << 12:#x}": count for page, count in sorted(result.device_pages.items())},
     }
 
@@ -145,4 +146,8 @@ def print_report(result: Assessment, console: Console) -> None:
     console.print(f"\nBefore the kernel (firmware and early boot need a #VC handler of their own): {early}.")
     console.print("Must be shared memory:")
     for what in result.shared():
+        console.print(f"  - {what}")
+    if result.page_state():
+        console.print("Page states:")
+    for what in result.page_state():
         console.print(f"  - {what}")
