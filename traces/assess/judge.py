@@ -172,7 +172,7 @@ class Assessment:
         faults = sum(row.exits for row in self.rows.values() if row.kind == "RAM fault")
         return [
             f"{faults:,} faults populated memory: each page then is assigned (RMPUPDATE) before the guest goes on",
-            "every private page is validated once (PVALIDATE); no log of exits shows how many: a page is touched silently",
+            "every private page is validated once (PVALIDATE); no log of exits shows how many",
             f"{self.vcpus} GHCB pages and what is named above become shared: a Page State Change entry each",
             "buffers for DMA become shared and private again: a plain guest makes no exit for that",
         ]
