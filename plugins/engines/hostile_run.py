@@ -28,7 +28,7 @@ from sevlab.core.vocabulary import Outcome, Record
 from sevlab.plugins import sev_es
 from sevlab.plugins.engines import native
 from sevlab.plugins.engines.block_trace import BlockTrace
-from sevlab.plugins.engines.execution import Ended, Execution
+from sevlab.plugins.engines.execution import NO_CODE, Ended, Execution
 from sevlab.plugins.engines.interrupted import RSP, Interrupted, changed_registers, plant
 from sevlab.plugins.engines.prefix import Prefix, learn
 from sevlab.plugins.engines.snapshot import Snapshot, differs
@@ -53,6 +53,8 @@ BUDGET = 1 << 18
 """Instructions, about, between two exits: a handler takes some thousands."""
 MAX_EXITS, MAX_SAME, MAX_FAULTS, MAX_REPORTS = 400, 64, 12, 1000
 """VMGEXITs, the same one, faults, and reports of the engine in one run."""
+MAX_REPORTS_INFLICTED = 64
+"""What follows on a page that was taken away says little, and may go on for long."""
 EVENT_INJ = 0xA8
 """Of the VMCB. Source: spec 24593, appendix B."""
 ZEROS = bytes(8)
@@ -93,6 +95,7 @@ class HostileRun(Execution):
         self._hostile = self._stop_at_handler = False
         self._natural = 0
         self._prefix: Prefix | None = None
+        self._handler_pages: frozenset[int] = frozenset()
         self._clear()
 
     def name_of(self, address: int) -> str:
@@ -103,6 +106,7 @@ class HostileRun(Execution):
         self.findings, self.requests, self.texts = [], [], []
         self._inflicted = self._tampered = False
         self._faults = self._same = self._reports = 0
+        self._most_reports = MAX_REPORTS
         self._served: list[tuple[int, bool]] = []
         """(exit code, whether by the hardware or at CPL 0) of each #VC that the interrupted instruction means."""
         self._claimed = False
@@ -131,7 +135,20 @@ class HostileRun(Execution):
         self._memory_spa, self._memory_bytes = vm.memory_spa, vm.memory_bytes
         self._hostile = True
         self._prefix = learn(self, self._to_the_handler, self.back)
+        self._handler_pages = self._code_pages()
         return self.before
+
+    def _code_pages(self) -> frozenset[int]:
+        """Where the code lies that runs when nobody lies."""
+        self.play(())
+        found = set()
+        for edge in self._trace.edges():
+            try:
+                _, place = self.machine.access.guest_linear(self.vcpu, self._trace.address_of(edge), 0)
+            except FaultUnwind:
+                continue  # it was mapped by what the run went on to
+            found.add(place.spa >> PAGE_SHIFT)
+        return frozenset(found)
 
     def back(self) -> None:
         """To the start."""
@@ -179,8 +196,9 @@ class HostileRun(Execution):
                 self.end("halted")
             elif not engine.run(BUDGET):
                 fault, self.mmu.fault = self.mmu.fault, None
+                self._code = NO_CODE
                 self._reports += 1
-                if self._reports > MAX_REPORTS:
+                if self._reports > self._most_reports:
                     self.end("faults without end")
                 elif fault is not None:
                     self._guard(lambda fault=fault: self.raise_fault(native.exactly(self, fault)))  # type: ignore[misc]
@@ -242,22 +260,21 @@ class HostileRun(Execution):
         if step.page_bytes != PAGE_BYTES or step.gpa >= self._memory_bytes or not (unmap or inside):
             return
         if isinstance(self.machine.apply(step._replace(vm=self.vcpu.vm_id)).records[0], Done):
-            self._inflicted = True
+            self._inflicted, self._most_reports = True, MAX_REPORTS_INFLICTED
             self._tampered |= not unmap
 
     def exit(self, exit_code: int, exit_info_1: int) -> None:
-        """See `EngineSink`; no timer ends a run."""
-        if not self._hostile:
-            super().exit(exit_code, exit_info_1)
-            return
-        self._reports += 1
-        if self._reports > MAX_REPORTS:
-            self.end("many exits")
-            return
-        self._guard(lambda: native.handle(self, exit_code, exit_info_1))
-        if self.vcpu.halted or self.vcpu.stopped or self.ended is not None:
-            assert self.engine is not None  # who else reports
-            self.engine.stop()
+        """See `EngineSink`; so many and no more."""
+        if self._hostile:
+            self._reports += 1
+            if self._reports > self._most_reports:
+                self.end("many exits")
+                return
+        super().exit(exit_code, exit_info_1)
+
+    def _slice(self) -> int:
+        """No timer ends a run of an input."""
+        return BUDGET if self._hostile else super()._slice()
 
     def _pass_time(self) -> None:
         """Time is no input here: it passes without a step."""
@@ -444,7 +461,7 @@ class HostileRun(Execution):
         for span in before.spans:
             if memory.read(span.spa, len(span.data), span.key) != span.data:
                 self._find("memory", f"{span.what} changed")
-        for pfn in self.mmu.code().intersection(memory.written()):
+        for pfn in self._handler_pages.intersection(memory.written()):
             if differs(memory, pfn):
-                self._find("memory", f"code at {pfn << PAGE_SHIFT:#x} changed")
+                self._find("memory", f"code of the handler, in the page at {pfn << PAGE_SHIFT:#x}, changed")
         return True

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from sevlab.core.events import VmcbWrite
 from sevlab.fuzz.builtin_engine import BuiltinEngine
 from sevlab.fuzz.commands.guest import again
 from sevlab.fuzz.commands.run import run
 from sevlab.fuzz.engine import Budget
 from sevlab.fuzz.guest_vc import GuestRunner, seeds
 from sevlab.fuzz.guest_vc_state import load, save
+from sevlab.plugins.engines.hostile_run import EVENT_INJ
 from sevlab.plugins.engines.start import Start, begin
 
 from tests.guests.build import build
 
+FETCH = Path(__file__).resolve().parents[1] / "guests" / "fetch-debian"
 VARIANTS = {
     1: ("at_cpuid", "request"),
     2: ("at_private", "private-mmio"),
@@ -143,3 +147,24 @@ def test_every_planted_weakness_is_found(kernel, variant):
 @pytest.mark.parametrize("place", sorted({place for place, _ in VARIANTS.values()} | {"at_lapic"}))
 def test_the_correct_handler_gives_no_alarm_however_long(kernel, place):
     assert fuzz(GuestRunner(begin(start(kernel(0), place))), 6000, seed=7) == set()
+
+
+@pytest.mark.long
+def test_debians_handler_returns_and_serves_a_code_that_is_not_the_instructions(tmp_path):
+    """The kernel's own handler; that it believes a claimed exit code is CVE-2024-25742, open in Debian 12's 6.1."""
+    pytest.importorskip("unicorn", reason="the engine unicorn is not installed (extra emu)")
+    fetched = subprocess.run([str(FETCH)], capture_output=True, text=True, check=False)
+    if fetched.returncode:
+        pytest.skip(f"Debian's packages cannot be fetched: {fetched.stderr.strip()[-200:]}")
+    kernel = Path(fetched.stdout.splitlines()[-1]) / "vmlinuz"
+    place = Start(str(kernel), after="Memory Encryption", append="console=ttyS0", memory="128 MiB")
+    runner = GuestRunner(begin(place))
+    run = runner.begun.run
+    assert run.name_of(run.before.rip).startswith("native_cpuid")
+    for _ in range(3):
+        assert run.play(()).reason == "returned"
+        assert run.findings == []
+    claims_dr7 = VmcbWrite(0, EVENT_INJ, (1 << 31 | 1 << 11 | 29 | 0x37 << 32).to_bytes(8, "little"))
+    run.play((claims_dr7,))
+    assert {finding.rule for finding in run.findings} <= {"request"}
+    assert fuzz(runner, 300) <= {"request", "kernel-fault"}
