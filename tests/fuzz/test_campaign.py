@@ -171,13 +171,17 @@ def test_a_campaign_finds_tells_and_exports_a_fault(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_corpus_twice(tmp_path):
+def test_the_same_seed_gives_the_same_corpus_and_the_same_findings_twice(tmp_path):
     kept = []
+    limits = ("--engine", "builtin", "--seconds", 0, "--runs", 400, "--set", "seeded.bugs=S07")
     for name in ("one", "two"):
-        command("run", "kernel", "--campaign", tmp_path / name, "--engine", "builtin", "--seconds", 0, "--runs", 400)
-        kept.append(Store(tmp_path / name).inputs("kernel"))
+        command("run", "ghcb", "--campaign", tmp_path / name, *limits)
+        store = Store(tmp_path / name)
+        found = [(stored.identity, stored.data, stored.seen, stored.flaky) for stored in store.findings()]
+        kept.append((store.inputs("ghcb"), found))
     assert kept[0] == kept[1]
-    assert len(kept[0]) > 10
+    assert len(kept[0][0]) > 50
+    assert kept[0][1]
 
 
 @pytest.mark.slow
