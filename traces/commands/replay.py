@@ -134,6 +134,9 @@ def report(tally: Tally) -> None:
         f"{total['exchanges']:,} exchanges, {total['checked']:,} values checked, {total['inputs']:,} taken from the log"
         f", {total['explained']:,} differences explained, {total['diverged']:,} not"
     )
+    for device in sorted({name for name, _ in tally.reads}):
+        follow, given = tally.reads[device, True], tally.reads[device, False]
+        console.print(f"  reads of {device}: {follow:,} follow from earlier accesses, {given:,} taken from the log")
     for rule, count in sorted(tally.explained.items()):
         console.print(f"  explained {count:>6,}  {rule}")
     for cause, group in tally.divergences.items():

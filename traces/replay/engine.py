@@ -49,7 +49,7 @@ class Replay:
         self.context = Context()
         self.entries = 0
         """How many entries of the log are behind it."""
-        self._x = Exchange(self.context)
+        self._x = Exchange(self.context, self.tally.reads)
         self._classes: dict[int, str] = {}
 
     def run(

@@ -7,6 +7,7 @@ values are counted as inputs. Two prints of one value by the logging hypervisor 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,10 +33,11 @@ KVM_EXIT = {int(ExitCode.IOIO): 2, int(ExitCode.NPF): 6, int(ExitCode.SHUTDOWN):
 class Exchange:
     """One exchange: the step, what was recorded, and what the model answered, by kind."""
 
-    __slots__ = ("actual", "context", "number", "recorded", "step", "supplied", "taken")
+    __slots__ = ("actual", "context", "number", "reads", "recorded", "step", "supplied", "taken")
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, reads: Counter[tuple[str, bool]] | None = None) -> None:
         self.context = context
+        self.reads: Counter[tuple[str, bool]] = Counter() if reads is None else reads
         self.number = -1
 
     def begin(self, step: GuestExit, recorded: tuple[Record, ...], outcome: tuple[Record, ...]) -> None:
@@ -81,6 +83,24 @@ class Context:
         self.gsi = -1
 
 
+DEVICES: tuple[tuple[str, bool, range], ...] = (
+    ("UART", True, range(0x3F8, 0x400)),
+    ("PIC", True, range(0x20, 0x22)),
+    ("PIC", True, range(0xA0, 0xA2)),
+    ("RTC", True, range(0x70, 0x72)),
+    ("PCI configuration", True, range(0xCF8, 0xD00)),
+    ("PM timer", True, range(0x608, 0x60C)),
+    ("IOAPIC", False, range(0xFEC0_0000, 0xFEC0_1000)),
+    ("LAPIC", False, range(0xFEE0_0000, 0xFEE0_1000)),
+)
+"""Name, whether the range is of ports, and the range, of devices whose reads the report counts."""
+
+
+def device_of(is_port: bool, address: int) -> str:  # noqa: FBT001  # one table for both
+    """The name of the device at a port or an address."""
+    return next((name for name, ports, there in DEVICES if ports is is_port and address in there), "other")
+
+
 NOTHING = "nothing"
 """What is found where the model answered nothing."""
 
@@ -96,6 +116,8 @@ def pio(x: Exchange, record: ke.KvmPio) -> Iterator[Comparison]:
     yield "direction", record.is_in, port.is_in
     if not x.step.exit_info_1 & 4:
         yield "count", record.elements, port.elements
+    if record.is_in:
+        x.reads[device_of(True, record.port), "value" not in x.supplied] += 1
     if record.is_in and "value" not in x.supplied:
         yield "device value", record.value, port.value
     if not record.is_in and record.port in PCI_DATA:
@@ -117,7 +139,10 @@ def mmio(x: Exchange, record: ke.KvmMmio) -> Iterator[Comparison]:
     yield "direction", record.access == "write", access.write
     if waits:
         x.taken["io.mmio"] = at  # the read that follows is the same access, answered
-    elif "stored" not in x.supplied if access.write else "value" not in x.supplied:
+        return
+    if not access.write:
+        x.reads[device_of(False, record.gpa), "value" not in x.supplied] += 1
+    if "stored" not in x.supplied if access.write else "value" not in x.supplied:
         yield "stored value" if access.write else "device value", record.value, access.value
 
 

@@ -7,7 +7,6 @@ gone when the replay is over.
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sevlab.traces.machine_state import pack_snapshot, unpack_snapshot
 from sevlab.traces.replay.engine import Replay
 
 VERSION = 1
-COUNTERS = ("exchanges", "checked", "inputs", "unchecked", "bare", "explained")
+COUNTERS = ("exchanges", "checked", "inputs", "unchecked", "bare", "reads", "explained")
 CONTEXT = ("injected", "immediate", "pages", "slots", "gsi")
 
 
@@ -57,7 +56,7 @@ def resume(path: Path, replay: Replay, subject: tuple[Any, ...]) -> None:
         for name, value in zip(CONTEXT, document["context"], strict=True):
             setattr(replay.context, name, dict(value) if isinstance(value, tuple) else int(value))
         for name, items in zip(COUNTERS, document["counters"], strict=True):
-            setattr(replay.tally, name, Counter(dict(items)))
+            getattr(replay.tally, name).update(dict(items))
         replay.tally.host_lines = int(document["host_lines"])
         replay.entries, replay.done = int(document["entries"]), int(document["exchanges"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SevlabError) as error:

@@ -56,6 +56,8 @@ class Tally:
     """Records of the log that neither were an input nor had anything to compare with, by exit class and kind."""
     bare: Counter[str] = field(default_factory=Counter)
     """Exchanges without one compared value, by exit class."""
+    reads: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    """Reads of devices, by device and whether the value follows from what the guest did before."""
     explained: Counter[str] = field(default_factory=Counter)
     """Differences that a named rule explains."""
     divergences: dict[str, Group] = field(default_factory=dict)
@@ -70,7 +72,7 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add the counts of another replay."""
-        for name in ("exchanges", "checked", "inputs", "unchecked", "bare", "explained"):
+        for name in ("exchanges", "checked", "inputs", "unchecked", "bare", "reads", "explained"):
             getattr(self, name).update(getattr(other, name))
         self.host_lines += other.host_lines
         for cause, group in other.divergences.items():
@@ -106,6 +108,10 @@ class Tally:
             "checked": nested(self.checked),
             "inputs": nested(self.inputs),
             "unchecked": nested(self.unchecked),
+            "device_reads": {
+                name: {"follow": self.reads[name, True], "input": self.reads[name, False]}
+                for name in sorted({name for name, _ in self.reads})
+            },
             "without_check": dict(self.bare),
             "explained": dict(sorted(self.explained.items())),
             "divergences": {

@@ -98,6 +98,20 @@ def test_reference_numbers(name, check, expected):
     assert checks(tally_of(name), check) == expected[name]
 
 
+# Reads that follow from what the guest did before and reads that do not, counted on the files independently.
+READS = {
+    TINY: {"UART": (769, 0), "PIC": (1, 0), "RTC": (0, 16)},
+    BOOT: {"UART": (192 + 411 + 7 + 184, 3), "PIC": (28, 6), "RTC": (43, 63), "PM timer": (0, 20)},
+    MICROVM: {"UART": (21186 + 177 + 319 + 124, 3)},
+}
+
+
+@pytest.mark.parametrize("name", [TINY, *EVERY[2:]])
+def test_reads_of_devices_are_those_counted(name):
+    reads = tally_of(name).reads
+    assert {device: (reads[device, True], reads[device, False]) for device in READS[name]} == READS[name]
+
+
 def test_read_of_the_devices_answers_what_the_guest_wrote_before():
     assert checks(tally_of(TINY), "device value") >= 769 + 1
 
