@@ -83,6 +83,7 @@ class Feedback:
         self._raws: list[Raw] = []
         """Every state that was met, as read; the first is the booted one."""
         self._numbers: dict[Raw, int] = {}
+        self._worded: dict[int, tuple[tuple[str, ...], ...]] = {}
         self._now = 0
         self._live = self._always
         self._looked = 0
@@ -122,6 +123,7 @@ class Feedback:
             self._watch()
         elif len(self._remembered) >= MAX_REMEMBERED or len(self._raws) >= MAX_REMEMBERED:
             del self._raws[1:]
+            self._worded.clear()
             self._numbers = {self._raws[0]: 0}
             self._remembered.clear()
         self._now = 0
@@ -167,7 +169,12 @@ class Feedback:
         return found
 
     def _words(self, state: int) -> tuple[tuple[str, ...], ...]:
-        return tuple(words_of(counter, raw) for counter, raw in zip(self._counters, self._raws[state], strict=True))
+        """The state of that number in words, made once."""
+        words = self._worded.get(state)
+        if words is None:
+            raws = zip(self._counters, self._raws[state], strict=True)
+            words = self._worded[state] = tuple(words_of(counter, raw) for counter, raw in raws)
+        return words
 
     def step(self, step: Record, outcome: Outcome) -> int:
         """Count where a step led; returns how much of it is new."""
