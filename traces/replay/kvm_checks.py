@@ -91,6 +91,7 @@ DEVICES: tuple[tuple[str, bool, range], ...] = (
     ("PCI configuration", True, range(0xCF8, 0xD00)),
     ("PM timer", True, range(0x608, 0x60C)),
     ("IOAPIC", False, range(0xFEC0_0000, 0xFEC0_1000)),
+    ("second IOAPIC", False, range(0xFEC1_0000, 0xFEC1_1000)),
     ("LAPIC", False, range(0xFEE0_0000, 0xFEE0_1000)),
 )
 """Name, whether the range is of ports, and the range, of devices whose reads the report counts."""

@@ -112,6 +112,14 @@ def test_reads_of_devices_are_those_counted(name):
     assert {device: (reads[device, True], reads[device, False]) for device in READS[name]} == READS[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [(TINY, 1), *(pytest.param(*row, marks=pytest.mark.long) for row in ((BOOT, 308), (MICROVM, 309)))],
+)
+def test_every_read_of_an_ioapic_is_counted(name, reads):
+    assert sum(count for (device, _), count in tally_of(name).reads.items() if "IOAPIC" in device) == reads
+
+
 def test_read_of_the_devices_answers_what_the_guest_wrote_before():
     assert checks(tally_of(TINY), "device value") >= 769 + 1
 
