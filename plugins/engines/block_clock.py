@@ -60,7 +60,7 @@ class BlockClock:
 
     def start(self, ticks: int) -> None:
         """Let the next run end after about `ticks`."""
-        change = max(ticks, 1) * BYTES_PER_TICK - self._words[LEFT]
+        change = max(ticks, 1) * BYTES_PER_TICK - self.remainder - self._words[LEFT]
         self._words[LEFT] += change
         self._seen += change
 

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 EXIT_TICKS = 2000
 """Virtual time of an exit: about a microsecond, as a world switch and back takes."""
 NATIVE_TICKS = 100
-LONGEST_SLICE, SHORTEST_SLICE = 1 << 20, 256
+LONGEST_SLICE, SHORTEST_SLICE = 1 << 20, 1
 """Ticks: with no timer near, and the least."""
-WINDOW_SLICES = (1, 61, 127, 251)
-"""While a waiting interrupt cannot be taken yet. Different ones, so that a guest that opens the window now and then for
-a moment does not always do so between two looks."""
+WINDOW_GRID = 61
+"""While a waiting interrupt cannot be taken yet, a look at each multiple: when does not depend on how the engine got
+there, and few loops take a multiple of it."""
 TIMERS = frozenset((ExitCode.IOIO, ExitCode.MSR, ExitCode.VMMCALL, ExitCode.NPF, ExitCode.HLT, ExitCode.INTR))
 """Exits behind which a timer may be another, or an interrupt may wait."""
 LAST_EXITS = 32
@@ -141,7 +141,7 @@ class Execution:
     def _slice(self) -> int:
         """How many ticks until something may be due."""
         if self.vcpu.vmcb.vintr & V_IRQ:
-            return WINDOW_SLICES[self.instructions & 3]
+            return WINDOW_GRID - self.now() % WINDOW_GRID
         due = io.next_event(self.machine, self.vcpu)
         if due is None:
             return LONGEST_SLICE
@@ -185,8 +185,6 @@ class Execution:
         """See `EngineSink`."""
         self._code = NO_CODE
         self._guard(lambda: native.handle(self, exit_code, exit_info_1))
-        if self.vcpu.vmcb.vintr & V_IRQ:
-            self._between()  # the window may be open at once
         if self.vcpu.halted or self.vcpu.stopped or self.ended is not None:
             assert self.engine is not None  # who else reports
             self.engine.stop()
@@ -220,6 +218,8 @@ class Execution:
         page = self._shared_page(msr) if self.recorded and not msr & PAGE_MASK else b""
         self._show_registers()
         self._follow(self.apply(Vmgexit(self.vcpu.vcpu_id, msr, page)))
+        if self.vcpu.vmcb.vintr & V_IRQ:
+            self._between()
         self._look_at_timers()
 
     def _shared_page(self, gpa: int) -> bytes:
@@ -244,6 +244,8 @@ class Execution:
         self._pass_time()
         self._show_registers()
         self._follow(self.apply(step))
+        if self.vcpu.vmcb.vintr & V_IRQ:
+            self._between()  # the window may be open at once
         if step.exit_code in TIMERS:
             self._look_at_timers()
 
