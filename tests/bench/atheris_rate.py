@@ -71,13 +71,14 @@ def ghcb(seconds):
     engine = AtherisEngine()
     engine.prepare(load(PLUGINS))
     runner = Runner(target, seed=1)
-    mutate, crossover = runner.mutator.mutate, runner.mutator.crossover
+    mutate, crossover, extend = runner.mutator.mutate, runner.mutator.crossover, runner.mutator.extend
 
     def ten(steps):
         return (*steps, *(runner.mutator.step() for _ in range(MESSAGES - len(steps))))[:MESSAGES]
 
     runner.mutator.mutate = lambda steps: ten(mutate(ten(steps)))
     runner.mutator.fresh = lambda: ten(())
+    runner.mutator.extend = lambda steps: ten(extend(steps[: MESSAGES // 2]))
     runner.mutator.crossover = lambda first, second: ten(crossover(first, second))
     seeds = [runner.codec.encode(ten(steps)) for steps in runner.seeds()]
     meter = Meter(seconds)
