@@ -16,7 +16,7 @@ from sevlab.plugins.engines.loaders.image import TABLES_GPA, GuestImage
 from sevlab.plugins.engines.loaders.load import load_guest
 
 from tests.bench.harness import Bench, Row
-from tests.plugins.engines.conftest import FLAGS, GUESTS
+from tests.guests.build import build
 
 MEMORY = 32 << 20
 ENTRY = 0x10_0000
@@ -123,9 +123,7 @@ def round_trips(bench: Bench) -> list[Row]:
         return []
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "flat.elf")
-        command = ["gcc", *FLAGS, f"-Wl,-T,{GUESTS / 'flat.lds'}", "-o", str(target), str(GUESTS / "flat.c")]
-        subprocess.run(command, check=True, capture_output=True)
+        target = build("flat.c", Path(folder, "flat.elf"))
         symbols = subprocess.run(["nm", str(target)], check=True, capture_output=True, text=True).stdout
         places = {line.split()[2]: int(line.split()[0], 16) for line in symbols.splitlines()}
         for paging in Paging:
