@@ -17,7 +17,13 @@ from sevlab.core.hookspecs import hookimpl
 from sevlab.core.porting import Porting
 from sevlab.plugins.captured import exits, faults, learned, steps
 from sevlab.plugins.captured.porting import JUDGES
-from sevlab.plugins.captured.records import ApicAccessed, Decoded, InterruptCommand, InterruptEnded
+from sevlab.plugins.captured.records import (
+    ApicAccessed,
+    Decoded,
+    InterruptCommand,
+    InterruptEnded,
+    PicAcknowledged,
+)
 from sevlab.plugins.captured.state import Captured
 
 if TYPE_CHECKING:
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
 
 REQUIRES: tuple[str, ...] = ("io",)
 
-__all__ = ["ApicAccessed", "Decoded", "InterruptCommand", "InterruptEnded"]
+__all__ = ["ApicAccessed", "Decoded", "InterruptCommand", "InterruptEnded", "PicAcknowledged"]
 
 
 @hookimpl
@@ -56,4 +62,4 @@ def sevlab_porting() -> tuple[Porting, ...]:
 
 @hookimpl
 def sevlab_records() -> tuple[type, ...]:
-    return (Decoded, ApicAccessed, InterruptEnded, InterruptCommand)
+    return (Decoded, ApicAccessed, InterruptEnded, PicAcknowledged, InterruptCommand)

@@ -11,7 +11,7 @@ from sevlab.core.svm import ExitCode, Vector
 from sevlab.core.units import MASK32, MASK64
 from sevlab.plugins.captured.certain import apic_certain, port_certain
 from sevlab.plugins.captured.lines import late_lines
-from sevlab.plugins.captured.records import ApicAccessed, InterruptCommand, InterruptEnded
+from sevlab.plugins.captured.records import ApicAccessed, InterruptCommand, InterruptEnded, PicAcknowledged
 from sevlab.plugins.captured.state import captured
 from sevlab.plugins.io import Insn, decode, devices, inject_exception
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 APIC_BASE, X2APIC_FIRST, X2APIC_LAST, TSC_DEADLINE = 0x1B, 0x800, 0x8FF, 0x6E0
 EOI, ICR_LOW, ICR_HIGH, SELF_IPI = 0xB0, 0x300, 0x310, 0x3F0
 IOIO_IN, IOIO_STRING = 1 << 0, 1 << 2
+PIC_COMMAND, ICW1 = (0x20, 0xA0), 1 << 4
 CR_MOV = 1 << 63
 LONG = 64
 CALL_ARGUMENTS = ("rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r10")
@@ -152,13 +153,32 @@ def ioio(original: ExitHandler) -> ExitHandler:
             original(machine, vcpu, exit_._replace(exit_info_1=info))
             return
         sure = not info & IOIO_IN or port_certain(machine, vcpu, info >> 16 & 0xFFFF, info >> 4 & 7)
-        original(machine, vcpu, exit_)
+        if info >> 16 & 0xFFFF in PIC_COMMAND and not info & IOIO_IN:
+            pic_command(machine, vcpu, exit_, original)
+        else:
+            original(machine, vcpu, exit_)
         if step.arrivals:
             late_lines(machine, vcpu, step)
         if not sure:
             machine.emit(Supplied("value"))
 
     return handle
+
+
+def pic_command(machine: Machine, vcpu: Vcpu, exit_: CpuExit, original: ExitHandler) -> None:
+    """A word to a PIC's command port, and which lines are told that they are served.
+
+    ICW1 drops what waits as well. Source: Linux arch/x86/kvm/i8259.c (pic_clear_isr and its callers).
+    """
+    pics = devices(machine, vcpu).pics
+    slave = exit_.exit_info_1 >> 16 & 0xFFFF != PIC_COMMAND[0]
+    pic = pics.slave if slave else pics.master
+    before = pic.isr | (pic.irr if vcpu.regs.rax & ICW1 else 0)
+    original(machine, vcpu, exit_)
+    ended = before & ~pic.isr
+    for pin in range(ended.bit_length()):
+        if ended >> pin & 1:
+            machine.emit(PicAcknowledged(slave, pin))
 
 
 def _string_operands(

@@ -31,6 +31,14 @@ class InterruptEnded(NamedTuple):
     vector: Checked[int]
 
 
+@outcome("captured.pic-ack", Boundary.DEVICE)
+class PicAcknowledged(NamedTuple):
+    """A line of a PIC has nothing more in service: its handler ended, or the controller was set up anew."""
+
+    slave: Checked[bool]
+    pin: Checked[int]
+
+
 @outcome("captured.ipi", Boundary.DEVICE)
 class InterruptCommand(NamedTuple):
     """What the interrupt command register asks for. Source: spec 24593, figure 16-18."""

@@ -224,6 +224,18 @@ def eoi(x: Exchange, record: ki.KvmEoi) -> Iterator[Comparison]:
     yield "ended vector", record.vector, NOTHING if ended is None else ended.vector
 
 
+def ack_irq(x: Exchange, record: ki.KvmAckIrq) -> Iterator[Comparison]:
+    """The line of a PIC whose service ends with the guest's command."""
+    if not record.chip.startswith("PIC"):
+        return
+    acknowledged = x.next("captured.pic-ack")
+    if acknowledged is None:
+        yield "PIC line served", record.pin, NOTHING
+        return
+    yield "PIC line served", record.pin, acknowledged.pin
+    yield "PIC", record.chip, "PIC slave" if acknowledged.slave else "PIC master"
+
+
 def emulate_insn(x: Exchange, record: ke.KvmEmulateInsn) -> Iterator[Comparison]:
     """The bytes are exactly one instruction."""
     decoded = x.first("captured.decoded")
@@ -276,6 +288,7 @@ COMPARATORS: dict[type, Callable[[Exchange, Any], Iterator[Comparison]]] = {
     ki.KvmApic: apic,
     ki.KvmApicIpi: apic_ipi,
     ki.KvmEoi: eoi,
+    ki.KvmAckIrq: ack_irq,
     ke.KvmEmulateInsn: emulate_insn,
     ke.KvmPageFault: page_fault,
     kh.KvmUserspaceExit: userspace_exit,

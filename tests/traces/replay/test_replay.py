@@ -82,6 +82,7 @@ RELATIONS = [
     ("instruction length", {TINY: 1863, TINY12: 1771, BOOT: 4939, MICROVM: 12032}),
     ("injected vector", {TINY: 348, TINY12: 257, BOOT: 2052 + 18 + 1, MICROVM: 5783}),
     ("ended vector", {TINY: 348, TINY12: 257, BOOT: 2052, MICROVM: 5783}),
+    ("PIC line served", {TINY: 0, TINY12: 0, BOOT: 20, MICROVM: 0}),
     ("vector injected again", {TINY: 5, TINY12: 5, BOOT: 77, MICROVM: 82}),
     ("EXITINTINFO vector", {TINY: 348, TINY12: 257, BOOT: 2070, MICROVM: 5783}),
     ("exit after an immediate exit", {TINY: 0, TINY12: 0, BOOT: 52, MICROVM: 32}),
@@ -174,6 +175,13 @@ def test_a_corrupted_value_is_noticed(kind, field, change, choose):
     damaged = corrupted(TINY, kind, field, change, choose or (lambda record: True))
     tally = replay(damaged)
     assert tally.total_diverged >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("field", "change"), [("pin", NEXT), ("chip", lambda chip: "PIC slave")])
+def test_a_corrupted_acknowledgement_of_a_pic_is_noticed(field, change):
+    damaged = corrupted(BOOT, ki.KvmAckIrq, field, change, lambda record: record.chip.startswith("PIC"))
+    assert replay(damaged).total_diverged >= 1
 
 
 BITS = [("error_code", 1 << 1), ("error_code", 1 << 2), ("error_code", 1 << 3), ("error_code", 1 << 33)]
