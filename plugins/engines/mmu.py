@@ -327,9 +327,9 @@ class Mmu:
             return
         if self._memory.lend(pfn, key, self._arena.page(pfn), tag if key is not None else TAG_PUBLIC):
             self.switches += 1
+        self._owner[pfn] = key  # before the engine is told, which may walk the tables again
         if pfn in self._fetched and self.engine is not None:
             self.engine.spoiled(pfn << PAGE_SHIFT)
-        self._owner[pfn] = key
 
     def _recalled(self, pfn: int) -> None:
         """The page leaves the engine's memory: another key, a reset, the model's own business."""

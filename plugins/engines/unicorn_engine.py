@@ -98,6 +98,7 @@ SYSTEM_STATE = attrgetter(
 
 STAR, LSTAR, CSTAR, SFMASK = range(0xC000_0081, 0xC000_0085)
 SYSCALL_BYTES, EFER_SCE = 2, 1 << 0
+NO_PLACE = -1
 CS_LONG, RFLAGS_RF = 1 << 9, 1 << 16
 KERNEL_CODE, KERNEL_DATA = (0xA9B, 0xFFFF_FFFF, 0), (0xC93, 0xFFFF_FFFF, 0)
 
@@ -174,6 +175,7 @@ class UnicornCpu:
         self._words = self._window.bytes[self._window.base :][: EFER + 8].cast("Q")
         self._failure: BaseException | None = None
         self._stopped = False
+        self._own_place = NO_PLACE
         self._port: tuple[int, ...] | None = None
         self._stepping = False
         self._msr_value = MsrValue()
@@ -264,7 +266,14 @@ class UnicornCpu:
         return self._stepping
 
     def spoiled(self, spa: int) -> None:
-        self._uc.ctl_remove_cache(spa, spa + PAGE_BYTES)
+        # Unicorn takes a linear address here. While it asks, the page's physical address leads to the page.
+        self._own_place = spa
+        self.flush()
+        try:
+            self._uc.ctl_remove_cache(spa, spa + PAGE_BYTES)
+        finally:
+            self._own_place = NO_PLACE
+            self.flush()
 
     def synchronise(self) -> None:
         x86_const: Any = import_module("unicorn.x86_const")
@@ -442,6 +451,9 @@ class UnicornCpu:
         place = entry.contents
         if gva & -PAGE_BYTES == UNTIL_PAGE:
             place.paddr, place.perms = PRIVATE_SPA, 5
+            return True
+        if gva & -PAGE_BYTES == self._own_place:
+            place.paddr, place.perms = self._own_place, 5
             return True
         try:
             self._window.save()

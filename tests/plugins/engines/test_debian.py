@@ -97,7 +97,7 @@ def _nothing_private_is_in_the_open(guest: Booted) -> None:
             seen += 1
         found += OWN_WORDS in bytes(page.data)
         assert OWN_WORDS not in guest.machine.access.hypervisor_read(pfn << PAGE_SHIFT, PAGE_BYTES)
-    assert seen > 100
+    assert seen > 10
     assert found
 
 

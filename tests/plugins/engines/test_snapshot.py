@@ -96,6 +96,25 @@ def test_code_that_changes_itself_is_put_back():
         snapshot.restore()
 
 
+def test_code_that_somebody_else_changed_is_not_what_was_translated_before():
+    """The guest's addresses are not those of memory, which is what the engine is told."""
+    guest = plain("0fa2 b005 f4")  # CPUID; MOV AL, 5; HLT
+    run = guest.execution
+    assert run_to(run, lambda step: isinstance(step, CpuExit) and step.exit_code == ExitCode.CPUID)
+    snapshot = Snapshot(run)
+    for value in (7, 9):
+        run.run()
+        assert run.vcpu.regs.rax & 0xFF == 5
+        snapshot.restore()
+        place = guest.vm.memory_spa + START + 3
+        assert place != START + 3
+        guest.machine.access.hypervisor_write(place, bytes((value,)))
+        run.engine.spoiled(place & -4096)
+        run.run()
+        assert run.vcpu.regs.rax & 0xFF == value
+        snapshot.restore()
+
+
 def test_a_changed_page_table_is_put_back_with_its_translations():
     # MOV EBX, 400000h; CPUID; MOV AL, [RBX]; INC BYTE [PDE of 400000h + 2, to 410000h's 2 MiB: 600000h]; MOV CR3; ...
     code = "bb00004000 0fa2 bb00004000 8a03 8004251220080020 0f20d9 0f22d9 8a23 f4"
