@@ -92,7 +92,7 @@ class HostileRun(Execution):
         """Instructions whose faults the guest expects."""
         self.symbols = Symbols()
         self._steps: Iterator[Record] = iter(())
-        self._hostile = self._stop_at_handler = self._mapped = False
+        self._hostile = self._stop_at_handler = False
         self._natural = 0
         self._prefix: Prefix | None = None
         self._handler_pages: frozenset[int] = frozenset()
@@ -169,12 +169,6 @@ class HostileRun(Execution):
 
     def play(self, steps: Sequence[Record]) -> Ended:
         """Run one input; what it showed is in `findings`, `requests` and `texts` until the next."""
-        if self._mapped:  # the run after a changed nested mapping was seen to fault where none is; not explained
-            self._mapped = False
-            self._play(())
-        return self._play(steps)
-
-    def _play(self, steps: Sequence[Record]) -> Ended:
         self.back()
         self._steps = iter(steps)
         if self._prefix is not None and (not steps or isinstance(steps[0], Schedule)):
@@ -267,7 +261,6 @@ class HostileRun(Execution):
             return
         if isinstance(self.machine.apply(step._replace(vm=self.vcpu.vm_id)).records[0], Done):
             self._inflicted, self._most_reports = True, MAX_REPORTS_INFLICTED
-            self._mapped = True
             self._tampered |= not unmap
 
     def exit(self, exit_code: int, exit_info_1: int) -> None:
