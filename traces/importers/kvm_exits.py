@@ -11,16 +11,16 @@ from sevlab.core.vocabulary import Boundary, Checked, Derived
 from sevlab.traces.importers.events import Absent, event
 
 _EXIT = "<vcpu {vcpu:d} >reason {reason:reason} rip {rip:x}"
-_EXIT_NOW = f"{_EXIT} info1 {{info1:x}} info2 {{info2:x}}< intr_info {{intr_info:x}} error_code {{error_code:x}}>"
+_EXIT_NOW = f"{_EXIT} info1 {{info1:x}} info2 {{info2:x}}< intr_info {{intr_info:x32}} error_code {{error_code:x32}}>"
 _EXIT_OLD = (
     "rip<:> {rip:x} reason: {reason:reason} ext_inf1: {info1:x} ext_inf2: {info2:x}"
-    "< ext_int: {intr_info:x} ext_int_err: {error_code:x}>"
+    "< ext_int: {intr_info:x32} ext_int_err: {error_code:x32}>"
 )
 
 
 @event(
     "kvm_entry",
-    "vcpu {vcpu:d}, rip {rip:x}< intr_info {intr_info:x} error_code {error_code:x}>{immediate:is:[immediate exit]}",
+    "vcpu {vcpu:d}, rip {rip:x}< intr_info {intr_info:x32} error_code {error_code:x32}>{immediate:is:[immediate exit]}",
     "vcpu {vcpu:d} rip {rip:x}{immediate:is:[immediate exit]}",
 )
 class KvmEntry(NamedTuple):
@@ -69,8 +69,8 @@ class KvmNestedVmexit(NamedTuple):
     "kvm_nested_vmexit_inject",
     f"{_EXIT_NOW}< requests {{requests:x}}>",
     (
-        "reason: {reason:reason} ext_inf1: {info1:x} ext_inf2: {info2:x}< ext_int: {intr_info:x} ext_int_err:"
-        " {error_code:x}>"
+        "reason: {reason:reason} ext_inf1: {info1:x} ext_inf2: {info2:x}< ext_int: {intr_info:x32} ext_int_err:"
+        " {error_code:x32}>"
     ),
 )
 class KvmNestedVmexitInject(NamedTuple):

@@ -3,7 +3,8 @@
 A template is the line's text with fields in braces, `{name:form}`; `<...>` marks a part that some versions print and
 others do not. Forms:
 
-- `x` hexadecimal with or without `0x`; `d` decimal, a negative one as its 64-bit two's complement;
+- `x` hexadecimal with or without `0x`, `x32` the same of 32 bits;
+- `d` decimal, a negative one as its 64-bit two's complement;
 - `byte` a signed byte as 0 to 255; `bytes` hexadecimal bytes with blanks between;
 - `w` a word, `t` any text up to what follows;
 - `one:A|B` a choice of two, given as a boolean: whether it is the second;
@@ -84,6 +85,7 @@ def _optional(convert: Convert) -> Convert:
 
 FORMS: Mapping[str, tuple[str, Convert]] = {
     "x": (r"(?:0x)?[0-9a-fA-F]{1,16}", _hex),
+    "x32": (r"(?:0x)?[0-9a-fA-F]{1,8}", _hex),
     "d": (r"-?\d{1,20}", _decimal),
     "byte": (r"-?\d{1,3}", lambda text: int(text) & 0xFF),
     "bytes": (r"[0-9a-f]{2}(?: [0-9a-f]{2})*", bytes.fromhex),
@@ -116,7 +118,7 @@ def compile_layout(template: str) -> Layout:
         else:
             expression, make = FORMS[kind] if kind in FORMS else (r".+?", CONVERTERS[kind])
             pattern += f"(?P<{name}>{expression})"
-            may_miss = depth > 0 and kind in ("x", "d")
+            may_miss = depth > 0 and kind in ("x", "x32", "d")
             convert.append((name, _optional(make) if may_miss else make, may_miss))
     pattern += re.escape(template[at:])
     return Layout(re.compile(pattern).fullmatch, tuple(convert))

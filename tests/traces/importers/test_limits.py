@@ -109,3 +109,12 @@ def test_lines_are_those_of_the_text(text):
     stream = io.BufferedReader(io.BytesIO(text))
     lines = list(Source(Path("x"), stream, b"", stream).text())
     assert lines == text.decode("utf-8", "backslashreplace").removesuffix("\n").split("\n")[: None if text else 0]
+
+
+@pytest.mark.parametrize(("code", "unknown"), [("0x80000000", 0), ("0080000000", 1), ("0800000000", 1)])
+def test_an_event_is_words_of_32_bits(code, unknown):
+    """A line with a longer one is not of the layout that prints it: EXITINTINFO would not fit its 64 bits."""
+    body = EXIT.replace("intr_info 0x00000000 error_code 0x00000000", f"intr_info 0x80000b0e error_code {code}")
+    text = log(line("kvm_entry: vcpu 0, rip 0x1"), line(f"kvm_exit: {body}"), line("kvm_entry: vcpu 0, rip 0x2"))
+    events = [entry.step.event for entry in text.entries() if isinstance(entry.step, GuestExit)]
+    assert events == ([] if unknown else [0x80000000_80000B0E])
