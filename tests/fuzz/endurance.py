@@ -97,6 +97,7 @@ def endure(folder: Path, seconds: float, every: float, *, engine: str = "builtin
         campaign.wait(part, every)
         campaign.process.send_signal(signal.SIGKILL)
         campaign.process.wait()
+        campaign.process.stderr.close()
         told(f"killed the campaign, {number}; {campaign.killed} workers killed, {len(campaign.shown)} findings shown")
         time.sleep(3)  # its workers notice within a second
         campaign.look()
@@ -110,7 +111,8 @@ def endure(folder: Path, seconds: float, every: float, *, engine: str = "builtin
     campaign.start(part)
     campaign.wait(part + 60, every)
     code = campaign.process.wait(120)
-    assert code in (0, 1), campaign.process.stderr.read()
+    with campaign.process.stderr as errors:
+        assert code in (0, 1), errors.read()
     campaign.look()
     store = campaign.store()
     assert store is not None
